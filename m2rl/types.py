@@ -66,3 +66,7 @@ class StepStats:
     tokens: int  # tokens through the model, prompts included, all ranks
     trained_tokens: int  # tokens with a non-zero weight, all ranks
     per_domain: dict[str, dict[str, float]] = field(default_factory=dict)  # entropy, mismatch k3, clip share ...
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message is one sentence naming the file, line, key and rule; commands print it, exit 2."""

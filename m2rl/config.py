@@ -1,0 +1,379 @@
+"""One TOML file configures one run; dotted command-line options override it.
+
+    load(["--config", "qwen3_4b_math", "--rollout.group-size", "8"]) -> (Config, Launch)
+
+The dataclasses below are the whole vocabulary: an unknown key is an error with a suggestion, a wrong type names the key.
+Names follow TRL and verl where those agree; README has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from m2rl.types import InputError
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = "embedded"
+    """Folder of a Hugging Face causal LM, a hub id, or "embedded": the built-in 0.4M-parameter model."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrices are multiplied in. Master weights and optimizer state are always float32."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass: less memory, about a third more compute."""
+    compile: bool = False
+    """torch.compile each decoder layer (CUDA)."""
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[str, ...] = ("procedural",)
+    """JSONL or parquet files (globs allowed), or "procedural": generated problems that never run out."""
+    eval: tuple[str, ...] = ()
+    """Held-out problems in the same formats; "procedural" for the generated ones. Empty = no evaluation."""
+    default_domain: str = ""
+    """Domain of rows that carry no `domain` of their own."""
+    sloppy_scale: float = 1.0
+    """SFT on "procedural" only: scales the share of flawed demonstrations (0 = all good)."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    name: str = ""
+    """math, code, science, if, agent, or a domain of your own."""
+    quota: int = 0
+    """Exactly this many prompts per step; 0 = a share by weight."""
+    weight: float = 0.0
+    """Relative share of the step's prompts; 0 with quota 0 = in proportion to the number of rows."""
+    system_prompt: str = ""
+    """Put before chat prompts that have no system message of their own."""
+    prompt_template: str = "{prompt}"
+    """Wraps the last user message."""
+    think_gate: bool = False
+    """Score 0 without `</think>`, and score only what follows the last one."""
+    preset: Literal["strict", "reference"] = "strict"
+    """Scoring rules: ours, or the reference code's with its known defects (for comparison)."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    engine: Literal["native", "vllm"] = "native"
+    """What generates: "native" runs anywhere; "vllm" needs the gpu extra."""
+    prompts_per_step: int = 16
+    """Prompts per optimizer step, over all ranks and domains."""
+    group_size: int = 16
+    """Samples per prompt."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are counted and skipped."""
+    max_new_tokens: int = 1024
+    """A response is cut here; a cut response has finish reason "length"."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are trained. top-p, top-k and penalties are never used in training."""
+    max_sequences: int = 256
+    """Sequences decoded at once on one rank."""
+    dynamic_sampling_rounds: int = 0
+    """Replace zero-variance groups by further prompts, at most this many rounds (DAPO); 0 = off."""
+    verifier_workers: int = 1
+    """Worker processes that score responses, per rank."""
+    verifier_timeout_s: float = 10.0
+    """Wall time one response may take to verify; then its worker is killed and the status is "timeout"."""
+    sandbox: Literal["auto", "trusted"] = "auto"
+    """How programs of the model run: "auto" = the strongest isolation found, else refuse; "trusted" = rlimits only, warns."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    loss: Literal["grpo", "cispo", "gspo", "reinforce"] = "grpo"
+    """grpo: clipped ratio; cispo: clipped weight; gspo: sequence ratio; reinforce: no ratio."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std"] = "grpo"
+    """grpo: (r - mean) / (std + 1e-6); dr_grpo: r - mean; rloo: leave-one-out mean; batch_std: std of the whole batch."""
+    aggregation: Literal["sequence", "token", "constant", "domain"] = "sequence"
+    """Denominator: mean over a sample's tokens, then samples; all tokens; samples x max_new_tokens; equal mass per domain."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 0.0
+    """Bound on the loss of negative advantages (PPO dual clip), e.g. 3; 0 = off."""
+    tis_cap: float = 2.0
+    """Truncated importance sampling: caps the trainer / engine probability ratio that corrects their mismatch; 0 = off."""
+    kl_coef: float = 0.0
+    """Of the KL to the reference policy (the starting weights); 0 = no reference model is loaded, no pass is run."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    mask_truncated: bool = False
+    """Leave responses cut by max_new_tokens out of the loss (DAPO's overlong filtering)."""
+    updates_per_rollout: int = 1
+    """Optimizer steps per rollout. 1 = strictly on-policy, no old-log-probability pass."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 2e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+    """Final learning rate over lr, for linear and cosine."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 200
+    """Optimizer steps."""
+    batch_size: int = 512
+    """SFT only: sequences per step, over all ranks."""
+    tokens_per_bin: int = 16384
+    """Tokens of one packed forward and backward pass on one rank."""
+    save_every: int = 20
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+    replicas: int = 1
+    """HSDP: copies of the sharded model, usually the number of nodes."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    k: int = 8
+    """Samples per problem: Avg@K."""
+    problems: int = 160
+    """Problems per domain, at most."""
+    every: int = 0
+    """Steps between evaluations during training; before and after are always run. 0 = only those."""
+    temperature: float = 1.0
+    max_new_tokens: int = 0
+    """0 = as in rollout."""
+
+
+@dataclass(frozen=True)
+class Log:
+    rollouts_per_step: int = 4
+    """Samples written to rollouts.jsonl per domain and step."""
+    tensorboard: bool = False
+    wandb: str = ""
+    """Weights & Biases project; empty = off."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    """Names the run folder, runs/<name>, unless run_dir is given."""
+    algorithm: Literal["grpo", "sft"] = "grpo"
+    seed: int = 0
+    """Every random draw derives from it."""
+    run_dir: str = ""
+    """Where everything of this run is written."""
+    warm_start: str = ""
+    """Config of an SFT run to start from; it is run first and cached in <run_dir>/warm_start."""
+    warm_start_steps: int = 0
+    """Overrides the steps of the warm start; 0 = its own."""
+    resume: str = "auto"
+    """auto: continue the unfinished run in the run folder from its newest complete checkpoint; never: start over; or a folder."""
+    threads: int = 1
+    """CPU threads per process."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    domain: tuple[Domain, ...] = ()
+    rollout: Rollout = field(default_factory=Rollout)
+    objective: Objective = field(default_factory=Objective)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Command-line options that are not part of a run's recipe."""
+
+    config: str
+    dry_run: bool
+
+
+# What a resumed run may change without becoming another run.
+RESUME_MAY_CHANGE = {"name", "run_dir", "resume", "threads", "log", "evaluation", "warm_start", "warm_start_steps",
+                     "train.steps", "train.save_every", "train.keep_checkpoints", "rollout.verifier_workers",
+                     "rollout.max_sequences"}
+
+
+def named_configs() -> list[str]:
+    return sorted(p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml"))
+
+
+def read_toml(name: str) -> tuple[dict[str, Any], str]:
+    """The table of a config file, by path or by the name of one that ships with m2rl, and where it was found."""
+    path = Path(name)
+    if path.is_file():
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    else:
+        packaged = resources.files("m2rl.configs") / f"{name.removesuffix('.toml')}.toml"
+        if "/" in name or not packaged.is_file():
+            near = difflib.get_close_matches(name, named_configs(), 1)
+            raise InputError(f"--config {name}: no such file, and no shipped config of that name"
+                             f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(named_configs())})")
+        text, where = packaged.read_text(encoding="utf-8"), f"m2rl/configs/{packaged.name}"
+    try:
+        return tomllib.loads(text), where
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not valid TOML: {error}") from None
+
+
+def build(cls: type, table: Any, where: str, key: str = "") -> Any:
+    """A dataclass from a TOML table; InputError names the file, the dotted key and the rule."""
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: {key or 'top level'} must be a table, got {table!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in table.items():
+        dotted = f"{key}.{name}" if key else name
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            raise InputError(f"{where}: unknown key {dotted}{f', did you mean {near[0]}?' if near else ''}")
+        values[name] = _convert(hints[name], value, where, dotted)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where, key)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
+            raise InputError(f"{where}: {key} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+                             f"{f'; did you mean {near[0]!r}?' if near else ''}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list):
+            raise InputError(f"{where}: {key} must be a list, got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin in (typing.Union, types.UnionType):  # pragma: no branch - none in the schema today but `X | None` reads naturally
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise InputError(f"{where}: {key} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def check(config: Config, where: str) -> Config:
+    """The rules between and inside keys; InputError names the first that is broken."""
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise InputError(f"{where}: {message}")
+
+    r, o, t, opt = config.rollout, config.objective, config.train, config.optim
+    if config.algorithm == "grpo":
+        need(r.group_size >= 2, f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)")
+        need(r.prompts_per_step >= 1, f"rollout.prompts_per_step must be at least 1, got {r.prompts_per_step}")
+        need(r.temperature > 0, f"rollout.temperature must be above 0, got {r.temperature}")
+        need(r.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {r.max_new_tokens}")
+        need(0 <= o.clip_low < 1, f"objective.clip_low must be in [0, 1), got {o.clip_low}")
+        need(o.updates_per_rollout >= 1, f"objective.updates_per_rollout must be at least 1, got {o.updates_per_rollout}")
+        need(o.updates_per_rollout <= r.prompts_per_step, "objective.updates_per_rollout must not exceed rollout.prompts_per_step")
+        need(o.kl_coef >= 0, f"objective.kl_coef must not be negative, got {o.kl_coef}")
+        need(o.dual_clip == 0 or o.dual_clip > 1, f"objective.dual_clip must be 0 (off) or above 1, got {o.dual_clip}")
+        quotas = sum(d.quota for d in config.domain)
+        need(quotas <= r.prompts_per_step, f"domain quotas add up to {quotas}, more than rollout.prompts_per_step {r.prompts_per_step}")
+        need(not config.domain or any(not d.quota for d in config.domain) or quotas == r.prompts_per_step,
+             f"domain quotas add up to {quotas}, not to rollout.prompts_per_step {r.prompts_per_step}")
+    else:
+        need(t.batch_size >= 1, f"train.batch_size must be at least 1, got {t.batch_size}")
+    need(t.steps >= 1, f"train.steps must be at least 1, got {t.steps}")
+    need(t.tokens_per_bin >= 16, f"train.tokens_per_bin must be at least 16, got {t.tokens_per_bin}")
+    need(t.keep_checkpoints >= 1, f"train.keep_checkpoints must be at least 1, got {t.keep_checkpoints}")
+    need(t.replicas >= 1, f"train.replicas must be at least 1, got {t.replicas}")
+    need(opt.lr > 0, f"optim.lr must be above 0, got {opt.lr}")
+    need(config.evaluation.k >= 1, f"evaluation.k must be at least 1, got {config.evaluation.k}")
+    need(bool(config.data.train), "data.train must name at least one file")
+    need(all(d.name for d in config.domain), "every [[domain]] needs a name")
+    names = [d.name for d in config.domain]
+    need(len(set(names)) == len(names), f"a domain is listed twice in [[domain]]: {', '.join(names)}")
+    for d in config.domain:
+        need(d.quota >= 0 and d.weight >= 0, f"domain {d.name}: quota and weight must not be negative")
+        need("{prompt}" in d.prompt_template, f"domain {d.name}: prompt_template must contain {{prompt}}")
+    return config
+
+
+def load(argv: list[str], prog: str = "torchrun -m m2rl.train", default: str = "embedded") -> tuple[Config, Launch]:
+    """Parse a command line: --config, then --dry-run, then dotted overrides of any key."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", default=default)
+    first.add_argument("--dry-run", action="store_true")
+    known, rest = first.parse_known_args(argv)
+    table, where = read_toml(known.config)
+    config = build(Config, table, where)
+    if rest:
+        import tyro  # here: its import costs 0.3 s that the run without overrides need not pay
+
+        where = f"{where} with {' '.join(rest)}"
+        config = tyro.cli(Config, default=config, args=rest, prog=prog, config=(tyro.conf.FlagConversionOff,), description=(
+            "Train one language model on several domains with verifiable rewards.\n\n"
+            "--config FILE|NAME  a TOML file or a shipped config "
+            f"({', '.join(named_configs())}); default {default}\n"
+            "--dry-run           resolve everything, print the plan, train nothing\n\n"
+            "Every key of the config is an option:"))
+    return check(config, where), Launch(known.config, known.dry_run)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML, for the run folder; `build(Config, tomllib.loads(text))` gives it back."""
+    def scalar(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, tuple):
+            return "[" + ", ".join(scalar(v) for v in value) + "]"
+        if isinstance(value, str):
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+            return f'"{escaped}"'
+        return repr(value)
+
+    plain, tables = [], []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{f.name}]\n" + "\n".join(f"{k} = {scalar(v)}" for k, v in vars(value).items()))
+        elif f.name == "domain":
+            tables += ["\n[[domain]]\n" + "\n".join(f"{k} = {scalar(v)}" for k, v in vars(d).items()) for d in value]
+        else:
+            plain.append(f"{f.name} = {scalar(value)}")
+    return "\n".join(plain + tables) + "\n"
+
+
+def differing_keys(saved: Config, now: Config) -> list[str]:
+    """Dotted keys in which two configs differ, of those that a resumed run must not change."""
+    def flat(config: Config) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if dataclasses.is_dataclass(value):
+                out |= {f"{f.name}.{k}": v for k, v in vars(value).items()}
+            else:
+                out[f.name] = value
+        return out
+
+    a, b = flat(saved), flat(now)
+    return [k for k in a if a[k] != b[k] and k not in RESUME_MAY_CHANGE and k.split(".")[0] not in RESUME_MAY_CHANGE]
+
+
+if __name__ == "__main__":
+    print(to_toml(load(sys.argv[1:])[0]))

@@ -1,0 +1,359 @@
+"""Rows on disk -> prompts and demonstrations, and the stateless mixture that draws them: batch = f(seed, step).
+
+A row of JSONL or parquet is {"prompt": text or [{"role", "content"}], "domain": ..., and what its verifier needs:
+"answer", "options", "tests", "constraints" ...}; a demonstration has "messages" ending with the assistant, or "prompt" and
+"response". Everything else in a row is handed to the verifier untouched. Bad input is an InputError with file, line, key, rule.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet
+from transformers import PreTrainedTokenizerBase
+
+from m2rl.config import Config, Domain
+from m2rl.domains import check_spec, procedural
+from m2rl.types import InputError, Prompt
+
+NOT_SPEC = {"prompt", "messages", "response", "domain", "id"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a file, normalised but not tokenised."""
+
+    id: str
+    domain: str
+    messages: tuple[Mapping[str, Any], ...] | None  # chat form
+    prompt: str  # text form; "" in chat form
+    response: str | None  # demonstration in text form
+    spec: Mapping[str, Any]
+
+
+def files(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths and globs name, in sorted order per pattern; InputError for one that names none."""
+    out = []
+    for pattern in patterns:
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not found:
+            raise InputError(f"data: no file {pattern}")
+        out += found
+    return out
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", record) of a .jsonl or .parquet file, streamed."""
+    if path.suffix == ".parquet":
+        try:
+            table = pyarrow.parquet.ParquetFile(path)
+            n = 0
+            for batch in table.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    n += 1
+                    yield f"{path}:{n}", record
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path}: not a readable parquet file ({error})") from None
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise InputError(f"{path}: a data file must end in .jsonl or .parquet")
+    with open(path, encoding="utf-8", newline="\n") as lines:  # not str.splitlines: U+2028 may stand inside a string
+        try:
+            for n, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{n}: malformed JSON: {error.msg} at column {error.colno}") from None
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}:{n}: a row must be a JSON object, got {type(record).__name__}")
+                yield f"{path}:{n}", record
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def normalise(record: Mapping[str, Any], where: str, default_domain: str = "") -> Row:
+    """A record in the plain schema as a Row; InputError names file, line, key and rule."""
+    domain = record.get("domain") or default_domain
+    if not domain:
+        raise InputError(f"{where}: key domain is missing and data.default_domain is not set")
+    prompt, messages, response = record.get("prompt"), record.get("messages"), record.get("response")
+    chat = messages if messages is not None else prompt if isinstance(prompt, list) else None
+    if chat is not None:
+        ok = isinstance(chat, list) and chat and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in chat)
+        if not ok:
+            raise InputError(f"{where}: {'messages' if messages is not None else 'prompt'} must be a list of "
+                             "{role, content} messages")
+    elif not isinstance(prompt, str) or not prompt:
+        raise InputError(f"{where}: key prompt must be a non-empty string or a list of messages, got {prompt!r}")
+    if response is not None and not isinstance(response, str):
+        raise InputError(f"{where}: key response must be a string, got {type(response).__name__}")
+    spec = {k: v for k, v in record.items() if k not in NOT_SPEC and v is not None}
+    key = record.get("id")
+    if key is None:
+        key = hashlib.blake2b(json.dumps([prompt, chat], sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    return Row(f"{domain}/{key}", str(domain), tuple(chat) if chat is not None else None,
+               "" if chat is not None else str(prompt), response, spec)
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Rows to tokens: the domain's system prompt and template, then the tokenizer's chat template, each exactly once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, domains: Sequence[Domain] = ()):
+        self.tokenizer, self.options = tokenizer, {d.name: d for d in domains}
+
+    def _chat(self, row: Row, where: str) -> list[dict[str, Any]] | None:
+        """The row as messages, or None for a text row under a tokenizer without a chat template."""
+        option = self.options.get(row.domain, Domain(row.domain))
+        if row.messages is None and not self.tokenizer.chat_template:
+            return None
+        if not self.tokenizer.chat_template:
+            raise InputError(f"{where}: the row holds chat messages, and the tokenizer has no chat template")
+        messages = [dict(m) for m in (row.messages or ({"role": "user", "content": row.prompt},))]
+        if option.system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": option.system_prompt})
+        for m in reversed(messages):
+            if m["role"] == "user":
+                m["content"] = option.prompt_template.replace("{prompt}", str(m["content"]))
+                break
+        return messages
+
+    def _text(self, row: Row) -> str:
+        option = self.options.get(row.domain, Domain(row.domain))
+        return option.system_prompt + option.prompt_template.replace("{prompt}", row.prompt)
+
+    def _ids(self, text: str, plain: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=plain).input_ids
+
+    def prompt(self, row: Row, where: str = "") -> Prompt:
+        """The tokens a policy answers to."""
+        messages = self._chat(row, where or row.id)
+        tools = row.spec.get("tools")
+        text = self._text(row) if messages is None else self._render(messages, True, where or row.id, tools)
+        option = self.options.get(row.domain)
+        spec = dict(row.spec)
+        if option is not None:
+            spec |= {"think_gate": option.think_gate} if option.think_gate else {}
+            spec |= {"preset": option.preset} if option.preset != "strict" else {}
+        return Prompt(row.id, row.domain, tuple(self._ids(text, messages is None)), text, spec)
+
+    def _render(self, messages: list[dict[str, Any]], generation: bool, where: str, tools: Any = None) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, tools=tools)
+        except Exception as error:  # the template is a program of the model's author: it may raise anything
+            raise InputError(f"{where}: the tokenizer's chat template refused the messages: {error}") from None
+
+    def demonstration(self, row: Row, where: str = "") -> tuple[list[int], list[bool]]:
+        """(tokens, trained): loss on assistant tokens only, the token that ends each turn included."""
+        where = where or row.id
+        messages = self._chat(row, where)
+        if messages is None:
+            if row.response is None:
+                raise InputError(f"{where}: SFT needs key response, or messages that end with the assistant")
+            head, tail = self._ids(self._text(row), True), self._ids(row.response, False)
+            tail = [*tail, self.tokenizer.eos_token_id]
+            return head + tail, [False] * len(head) + [True] * len(tail)
+        if row.response is not None:
+            messages.append({"role": "assistant", "content": row.response})
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{where}: SFT needs messages that end with the assistant, they end with {messages[-1]['role']}")
+        tools = row.spec.get("tools")
+        full = self._render(messages, False, where, tools)
+        tokens: list[int] = []
+        trained: list[bool] = []
+        done = 0
+        for i, m in enumerate(messages):
+            if m["role"] != "assistant":
+                continue
+            before = self._render(messages[:i], True, where, tools)
+            after = self._render(messages[: i + 1], False, where, tools)
+            if not (full.startswith(before) and full.startswith(after) and len(after) >= len(before)):
+                continue  # templates that rewrite earlier turns (Qwen3 drops their thinking): train the turns they keep
+            end = len(after.rstrip("\n")) if full[: len(after)].endswith("\n") else len(after)
+            for piece, train in ((full[done : len(before)], False), (full[len(before) : end], True)):
+                ids = self._ids(piece, False)
+                tokens += ids
+                trained += [train] * len(ids)
+            done = end
+        if not any(trained):
+            raise InputError(f"{where}: the chat template keeps no assistant turn to train on")
+        return tokens, trained
+
+
+# ---- sources ----------------------------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Prompts (or demonstrations) of one domain, by index; size None = unlimited."""
+
+    size: int | None
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def demonstration(self, index: int) -> tuple[list[int], list[bool]]: ...
+
+
+class FileSource:
+    """Rows of one domain held in memory as text, tokenised when drawn."""
+
+    def __init__(self, rows: list[Row], encoder: Encoder):
+        self.rows, self.encoder, self.size = rows, encoder, len(rows)
+
+    def prompt(self, index: int) -> Prompt:
+        return self.encoder.prompt(self.rows[index])
+
+    def demonstration(self, index: int) -> tuple[list[int], list[bool]]:
+        return self.encoder.demonstration(self.rows[index])
+
+
+class ProceduralSource:
+    """Generated problems of one embedded domain; demonstrations of mixed quality."""
+
+    size = None
+
+    def __init__(self, domain: str, seed: int, encoder: Encoder, sloppy_scale: float = 1.0):
+        self.domain, self.seed, self.encoder, self.sloppy_scale = domain, seed, encoder, sloppy_scale
+
+    def prompt(self, index: int) -> Prompt:
+        problem = procedural.problem(self.domain, self.seed, index)
+        return self.encoder.prompt(Row(f"{self.domain}/{problem.prompt}", self.domain, None, problem.prompt, None, problem.spec))
+
+    def demonstration(self, index: int) -> tuple[list[int], list[bool]]:
+        problem = procedural.problem(self.domain, self.seed, index)
+        response = procedural.demonstration(problem, self.seed, index, self.sloppy_scale)
+        return self.encoder.demonstration(Row("", self.domain, None, problem.prompt, response, {}))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a set of files held."""
+
+    sources: dict[str, Source]
+    skipped: dict[str, int]  # domain -> rows longer than the limit
+
+
+def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase, *, verifiable: bool) -> Loaded:
+    """All rows of the files by domain, over-long prompts counted and skipped, every spec checked when `verifiable`."""
+    encoder = Encoder(tokenizer, config.domain)
+    limit = config.rollout.max_prompt_tokens
+    sources: dict[str, Source] = {}
+    if "procedural" in patterns:
+        for domain in [d.name for d in config.domain] or list(procedural.DOMAINS):
+            if domain not in procedural.DOMAINS:
+                raise InputError(f"data.train: no procedural problems for domain {domain!r} "
+                                 f"(there are: {', '.join(procedural.DOMAINS)})")
+            sources[domain] = ProceduralSource(domain, config.seed, encoder, config.data.sloppy_scale)
+    rows: dict[str, list[Row]] = {}
+    skipped: Counter[str] = Counter()
+    asked = {d.name for d in config.domain}
+    for path in files([p for p in patterns if p != "procedural"]):
+        for where, record in read_records(path):
+            row = normalise(record, where, config.data.default_domain)
+            if asked and row.domain not in asked:
+                skipped[f"{row.domain} (not in [[domain]])"] += 1
+                continue
+            if verifiable:
+                try:
+                    check_spec(row.domain, row.spec)
+                except ValueError as error:
+                    raise InputError(f"{where}: {error}") from None
+                # A token is at least one byte, so a short text needs no tokenizer to be known short.
+                size = len(row.prompt) + sum(len(str(m["content"])) for m in row.messages or ())
+                if 4 * size + 64 > limit and len(encoder.prompt(row, where).tokens) > limit:
+                    skipped[row.domain] += 1
+                    continue
+            elif not rows.get(row.domain):
+                encoder.demonstration(row, where)  # the first row of a domain shows whether the template fits
+            rows.setdefault(row.domain, []).append(row)
+    for domain, found in rows.items():
+        sources[domain] = FileSource(found, encoder)
+    missing = [d.name for d in config.domain if d.name not in sources]
+    if missing or not sources:
+        what = f"no row of domain {', '.join(missing)}" if missing else "no usable row"
+        raise InputError(f"data: {what} in {', '.join(patterns)}"
+                         + (f" (skipped: {dict(skipped)})" if skipped else ""))
+    return Loaded(sources, dict(skipped))
+
+
+# ---- mixture ----------------------------------------------------------------------------------------------------------
+
+
+def quotas(domains: Sequence[Domain], sources: Mapping[str, Source], total: int) -> dict[str, int]:
+    """Items per step and domain, exactly `total` in all: fixed quotas first, the rest by weight, largest remainder."""
+    options = {d.name: d for d in domains} or {name: Domain(name) for name in sources}
+    fixed = {n: d.quota for n, d in options.items() if d.quota}
+    rest = total - sum(fixed.values())
+    free = {n: d.weight or float(sources[n].size or 1) for n, d in options.items() if not d.quota}
+    if any(d.weight for d in options.values()):
+        free = {n: options[n].weight for n in free}
+    mass = sum(free.values())
+    share = {n: rest * w / mass for n, w in free.items()} if mass else {}
+    out = fixed | {n: int(s) for n, s in share.items()}
+    by_remainder = sorted(share, key=lambda n: (int(share[n]) - share[n], list(options).index(n)))
+    for n in by_remainder[: total - sum(out.values())]:
+        out[n] += 1
+    return {n: out[n] for n in options}
+
+
+class Mixture:
+    """Which items each step draws: a pure function of (seed, step, round), so a resumed run needs no data state."""
+
+    def __init__(self, sources: Mapping[str, Source], quota: Mapping[str, int], seed: int, rounds: int = 1):
+        self.sources, self.quota, self.seed, self.rounds = sources, dict(quota), seed, rounds
+        self._order: dict[tuple[str, int], np.ndarray] = {}
+
+    def indices(self, step: int, round: int = 0) -> list[tuple[str, int]]:
+        """(domain, row index) of every item of a step; domains interleaved so that none starts last. Each epoch of a
+        finite source is its own permutation; dynamic sampling's later rounds have their own places in the stream."""
+        out: list[tuple[str, int]] = []
+        for place in range(max(self.quota.values(), default=0)):
+            for domain, quota in self.quota.items():
+                if place < quota:
+                    position = (step * self.rounds + round) * quota + place
+                    out.append((domain, self._row(domain, position)))
+        return out
+
+    def _row(self, domain: str, position: int) -> int:
+        size = self.sources[domain].size
+        if size is None:
+            return position
+        epoch, place = divmod(position, size)
+        if (domain, epoch) not in self._order:
+            key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{domain}/{epoch}".encode(), digest_size=16).digest(), "little")
+            self._order = {k: v for k, v in self._order.items() if k[0] != domain or k[1] >= epoch - 1}
+            self._order[domain, epoch] = np.random.Generator(np.random.Philox(key=key)).permutation(size)
+        return int(self._order[domain, epoch][place])
+
+    def batch(self, step: int, round: int = 0) -> list[Prompt]:
+        return [self.sources[d].prompt(i) for d, i in self.indices(step, round)]
+
+
+def eval_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The held-out problems: at most evaluation.problems per domain, the same ones for every model."""
+    if not config.data.eval:
+        return []
+    encoder = Encoder(tokenizer, config.domain)
+    out: list[Prompt] = []
+    if "procedural" in config.data.eval:
+        for domain in [d.name for d in config.domain] or procedural.DOMAINS:
+            for problem in procedural.eval_set(domain, config.evaluation.problems):
+                out.append(encoder.prompt(Row(f"{domain}/{problem.prompt}", domain, None, problem.prompt, None, problem.spec)))
+    patterns = [p for p in config.data.eval if p != "procedural"]
+    if patterns:
+        loaded = load_sources(patterns, config, tokenizer, verifiable=True)
+        for source in loaded.sources.values():
+            out += [source.prompt(i) for i in range(min(source.size or 0, config.evaluation.problems))]
+    return out

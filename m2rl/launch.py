@@ -1,0 +1,102 @@
+"""What every command does around its work: process group, device, signals, and errors as one line with an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from m2rl.types import InputError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait this long for the longest rollout of another
+
+
+@contextlib.contextmanager
+def process_group(threads: int) -> Iterator[torch.device]:
+    """Join the ranks that torchrun started (or run alone) and yield this rank's device."""
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    started = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if started:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield device
+    finally:
+        if started and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Stopping:
+    """SIGTERM and SIGINT ask the run to save and end; `agreed` tells every rank the same answer at the same step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Stopping:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
+        self.requested = True
+
+    def agreed(self) -> bool:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.requested
+        flag = torch.tensor([int(self.requested)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def on_rank_0(work: Callable[[], object]) -> None:
+    """Run on one rank while the others wait; its InputError is raised on all of them."""
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if alone:
+        work()
+        return
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (InputError, OSError) as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise InputError(message[0])
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Run a command; wrong input and a full disk become one line and exit status 2, Ctrl-C status 130."""
+    leader = os.environ.get("RANK", "0") == "0"
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        if leader:
+            print(f"m2rl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+            raise
+        if leader:
+            where = f" writing {Path(error.filename)}" if error.filename else ""
+            print(f"m2rl: the disk is full{where}; checkpoints saved before are intact", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

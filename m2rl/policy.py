@@ -1,0 +1,201 @@
+"""The policy: a Hugging Face causal LM over flat packed tokens, sharded with FSDP2.
+
+    logp_N, entropy_N = policy(packed, rows_N, targets_N, temperature)
+
+T tokens of several sequences lie end to end; attention sees each sequence alone (cu_seqlens). Only the N hidden rows that
+are scored reach the head, and `linear_logprob` never forms [N, V] logits. Any dense decoder of transformers loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from m2rl.types import InputError
+from m2rl_kernels import linear_logprob
+
+ATTENTION = "m2rl_packed"
+CPU_LENGTH_BUCKET = 8  # tokens; CPU sequences are padded up to a multiple of it and batched by padded length
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences laid end to end. Host copies of what the host needs, so that no step waits for the device."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, restarting at 0 in each sequence
+    cu_seqlens: Tensor  # [S+1] int32
+    max_seqlen: int
+    buckets: tuple[tuple[Tensor, int], ...]  # CPU: per padded length L, ([B*L] int64 source rows, L)
+    inverse: Tensor | None  # CPU: [T] int64, row of each token among the concatenated buckets
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]], device: torch.device) -> Packed:
+        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        total = int(ends[-1]) if len(sequences) else 0
+        tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+        positions = torch.arange(total) - starts.repeat_interleave(lengths)
+        cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
+        longest = int(lengths.max()) if len(sequences) else 0
+        buckets, inverse = ((), None) if device.type != "cpu" else _length_buckets(starts, lengths, total)
+        return Packed(tokens.to(device), positions.to(device), cu.to(device), longest, buckets, inverse)
+
+
+def _length_buckets(starts: Tensor, lengths: Tensor, total: int) -> tuple[tuple[tuple[Tensor, int], ...], Tensor]:
+    padded = (lengths + CPU_LENGTH_BUCKET - 1) // CPU_LENGTH_BUCKET * CPU_LENGTH_BUCKET
+    buckets, inverse, offset = [], torch.empty(total, dtype=torch.int64), 0
+    for size in padded.unique().tolist():
+        inside = (padded == size).nonzero().flatten()
+        column = torch.arange(size)
+        real = column < lengths[inside, None]
+        source = torch.where(real, starts[inside, None] + column, 0)  # padding reads row 0; nothing reads padding
+        inverse[source[real]] = (offset + torch.arange(real.numel()).view_as(real))[real]
+        buckets.append((source.flatten(), size))
+        offset += real.numel()
+    return tuple(buckets), inverse
+
+
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float,
+                     packed: Packed, **_: Any) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sequence. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    if q.is_cuda:
+        return _varlen_cuda(q, k, v, packed, scaling)[None], None
+    grouped, outputs = q.shape[1] != k.shape[1], []
+    for source, size in packed.buckets:
+        qb, kb, vb = (x[source].view(-1, size, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        # Padding stands at the end, so the causal mask already hides it from every real query.
+        out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, scale=scaling, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[packed.inverse][None], None
+
+
+def _varlen_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float) -> Tensor:
+    cu, longest = packed.cu_seqlens, packed.max_seqlen
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if k.shape[1] != q.shape[1]:  # varlen_attn of the older torch releases takes equal head counts
+            repeat = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))
+    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+class Policy(nn.Module):
+    """One module for FSDP2 to shard: backbone, gather of scored rows, fused head."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float = 1.0,
+                with_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probability (nats, float32) of targets_N after the tokens up to rows_N, and the entropy there."""
+        hidden_NH = self.hidden(packed)[rows_N]
+        head_VH = self.head
+        if not with_entropy:
+            return linear_logprob(hidden_NH, head_VH, targets_N, temperature=temperature), None
+        return linear_logprob(hidden_NH, head_VH, targets_N, temperature=temperature, return_entropy=True)
+
+    def hidden(self, packed: Packed) -> Tensor:
+        backbone = self.model.get_decoder()
+        out = backbone(input_ids=packed.tokens[None], position_ids=packed.positions[None], use_cache=False, packed=packed)
+        return out.last_hidden_state[0]
+
+    @property
+    def head(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM from a folder or a hub id on disk, in `dtype` on the CPU; InputError if it cannot serve as a policy."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path {path}: not a Hugging Face model folder or id ({str(error).splitlines()[0]})") from None
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise InputError(f"model.path {path}: {name} is set; heads that transform their logits are not supported")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise InputError(f"model.path {path}: sliding-window attention is not supported")
+    config._attn_implementation = ATTENTION
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=ATTENTION)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.path {path}: {str(error).splitlines()[0]}") from None
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise InputError(f"model.path {path}: NaN or infinity in {len(bad)} weights, first {bad[0]}")
+    return model
+
+
+def shard(policy: Policy, device: torch.device, compute_dtype: torch.dtype, replicas: int = 1,
+          activation_checkpointing: bool = False, compile: bool = False) -> Policy:
+    """Move to the device and shard over all ranks: per decoder layer, then the root; HSDP when replicas > 1.
+
+    Gradients are summed, never averaged: every denominator is in the token weights already.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % replicas:
+        raise InputError(f"train.replicas {replicas} does not divide the number of ranks {world}")
+    layers = policy.model.get_decoder().layers
+    if activation_checkpointing:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        for i, layer in enumerate(layers):
+            layers[i] = checkpoint_wrapper(layer)
+    policy.to(device)
+    if compile and device.type == "cuda":
+        for layer in layers:
+            layer.compile(dynamic=True)
+    if world == 1 and compute_dtype == torch.float32:
+        return policy
+    shape, names = ((replicas, world // replicas), ("replicate", "shard")) if replicas > 1 else ((world,), ("shard",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return policy
+
+
+def full_parameters(policy: Policy) -> dict[str, Tensor]:
+    """Every parameter whole, by its Hugging Face name; collective. Unsharded ones are given as they are, not copied."""
+    named = {}
+    for name, p in policy.model.named_parameters():
+        full = p.full_tensor() if hasattr(p, "full_tensor") else p
+        named[name.replace("_checkpoint_wrapped_module.", "")] = full.detach()
+    return named
+
+
+logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)

@@ -1,0 +1,442 @@
+"""`torchrun -m m2rl.train`: one step, top to bottom.
+
+    prompts  = mixture.batch(step)                  data.py            a pure function of (seed, step)
+    samples  = collect(engine, pool, prompts, n)    rollout/collect.py decoding overlaps verification
+    adv      = group_stats(samples)                 objectives.py      over the global batch
+    rows     = to_rows(samples, adv)                objectives.py      denominators become token weights; dead samples drop
+    stats    = learner.step(rows, objective)        learner.py         pack, forward, loss, backward, AdamW
+    engine.sync(policy)                             rollout/           new weights into the engine's storage
+
+With no arguments it trains the built-in model on generated problems; `--config` names a TOML file, `--help` lists every key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from m2rl import checkpoint, embedded, metrics
+from m2rl.config import Config, build, check, differing_keys, load, read_toml, to_toml
+from m2rl.data import Mixture, eval_prompts, load_sources, quotas
+from m2rl.domains.pool import VerifierPool
+from m2rl.evaluate import Score, average, score
+from m2rl.launch import Stopping, exit_with, on_rank_0, process_group
+from m2rl.learner import Learner
+from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
+from m2rl.policy import Policy, load_model, shard
+from m2rl.rollout.collect import collect
+from m2rl.rollout.engine import Engine, Request, generate, sample_seed
+from m2rl.rollout.native import NativeEngine
+from m2rl.telemetry import Energy, Phases, memory_gib, mfu
+from m2rl.types import InputError, Prompt, Sample, StepStats
+
+MAX_SKIPPED_IN_A_ROW = 3
+PROBE_TOKENS = 64
+PROBE_K3 = 1e-3
+EVAL_STEP = -1  # evaluation draws from its own random stream, the same before, during and after training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, launch = load(list(sys.argv[1:] if argv is None else argv))
+    if launch.dry_run:
+        from m2rl.plan import print_plan
+
+        print_plan(config)
+        return 0
+    with process_group(config.threads) as device, Stopping() as stopping:
+        return train(config, device, stopping)
+
+
+def train(config: Config, device: torch.device, stopping: Stopping) -> int:
+    """Run one config to its end, its warm start first; returns the exit status."""
+    start = time.perf_counter()
+    display = metrics.Display(checkpoint.rank() == 0)
+    wall: dict[str, float] = {}
+    if config.warm_start:
+        folder = config.folder / "warm_start"
+        table, where = read_toml(config.warm_start)
+        sft = build(Config, table, where)
+        steps = config.warm_start_steps or sft.train.steps
+        sft = dataclasses.replace(sft, seed=config.seed, run_dir=str(folder), threads=config.threads,
+                                  train=dataclasses.replace(sft.train, steps=steps))
+        if cached_model(folder, check(sft, where)):
+            display.say(f"Warm start: {folder / 'model'} (cached)")
+        else:
+            status = Run(sft, device, stopping, display).sft()
+            if status is None:
+                return 0
+        wall["warm_start"] = time.perf_counter() - start
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "model")))
+    run = Run(config, device, stopping, display)
+    run.wall |= wall
+    run.started = start
+    if config.algorithm == "sft":
+        run.sft()
+    else:
+        run.grpo()
+    return 0
+
+
+def cached_model(folder: Path, config: Config) -> bool:
+    """Whether the folder holds the finished model of this very config."""
+    if not (folder / "model" / "config.json").is_file() or not (folder / "config.toml").is_file():
+        return False
+    saved = build(Config, tomllib.loads((folder / "config.toml").read_text()), str(folder / "config.toml"))
+    return not differing_keys(saved, config) and saved.train.steps == config.train.steps
+
+
+class Run:
+    """What SFT and GRPO share: the folder, the tokenizer, the policy, the learner, checkpoints and records."""
+
+    def __init__(self, config: Config, device: torch.device, stopping: Stopping, display: metrics.Display):
+        self.config, self.device, self.stopping, self.display = config, device, stopping, display
+        self.folder = config.folder
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.started, self.wall = time.perf_counter(), {}
+        self.energy = Energy(device)
+        self.dtype = getattr(torch, config.model.compute_dtype)
+        self.skipped_in_a_row = 0
+        self.resume_from = checkpoint.resume_path(self.folder, config.resume, config.train.steps)
+        if self.resume_from is not None:
+            saved = build(Config, tomllib.loads((self.resume_from / "config.toml").read_text()), str(self.resume_from))
+            changed = differing_keys(saved, config)
+            if changed:
+                raise InputError(f"{self.folder} holds an unfinished run with other settings ({', '.join(changed)}): restore "
+                                 "them to continue it, or start over with --resume never, or name another --run-dir")
+        on_rank_0(self._prepare_folder)
+        self.model_path = str(self.folder / "init") if config.model.path == "embedded" else config.model.path
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path {self.model_path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+
+    def _prepare_folder(self) -> None:
+        """A fresh run moves what an earlier one left into previous/; nothing is deleted but an older previous/."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.resume_from is None:
+            old = [self.folder / n for n in ("checkpoints", "model", "metrics.jsonl", "rollouts.jsonl", "summary.json",
+                                             "config.toml") if (self.folder / n).exists()]
+            if old:
+                shutil.rmtree(self.folder / "previous", ignore_errors=True)
+                (self.folder / "previous").mkdir()
+                for path in old:
+                    path.rename(self.folder / "previous" / path.name)
+        if self.config.model.path == "embedded" and not (self.folder / "init" / "config.json").exists():
+            embedded.save(self.folder / "init", self.config.seed)
+        (self.folder / "config.toml").write_text(to_toml(self.config))
+
+    def build_policy(self, path: str) -> Policy:
+        c = self.config
+        return shard(Policy(load_model(path)), self.device, self.dtype, c.train.replicas, c.model.activation_checkpointing,
+                     c.model.compile)
+
+    def begin(self, domains: Sequence[str]) -> tuple[int, dict[str, Any]]:
+        """Load the policy, build the learner, restore a checkpoint; the step to start at and what the checkpoint carried."""
+        c = self.config
+        self.policy = self.build_policy(self.model_path)
+        self.parameters = sum(p.numel() for p in self.policy.parameters())
+        self.learner = Learner(self.policy, c.optim, c.train.steps, c.train.tokens_per_bin, domains, c.rollout.temperature
+                               if c.algorithm == "grpo" else 1.0)
+        state: dict[str, Any] = {"step": 0}
+        if self.resume_from is not None:
+            state = checkpoint.load(self.resume_from, self.policy, self.learner.optimizer)
+            self.display.say(f"Resuming {self.folder} at step {state['step']}")
+        self.recorder = metrics.Recorder(self.folder, c.log, checkpoint.rank() == 0, dataclasses.asdict(c), c.name,
+                                         state["step"] if self.resume_from else None)
+        return state["step"], state
+
+    def save(self, step: int, extra: dict[str, Any]) -> None:
+        checkpoint.save(self.folder, step, self.policy, self.learner.optimizer, to_toml(self.config),
+                        self.config.train.keep_checkpoints, extra)
+
+    def after_step(self, stats: StepStats, step: int, extra: dict[str, Any]) -> bool:
+        """Count skipped steps, save when due; True if the run was asked to stop (then everything is saved)."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.display.stop()
+            raise InputError(f"the gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (last at step {step}); no "
+                             f"update was made in them; checkpoints in {self.folder / 'checkpoints'} are intact")
+        t = self.config.train
+        stop = self.stopping.agreed()
+        if stop or step + 1 == t.steps or (t.save_every and (step + 1) % t.save_every == 0):
+            self.save(step + 1, extra)
+        if stop and step + 1 < t.steps:
+            self.display.stop()
+            self.display.say(f"Stopped after step {step + 1}; the same command continues from there.")
+            return True
+        return False
+
+    def record(self, step: int, stats: StepStats, phases: Phases, extra: dict[str, Any]) -> None:
+        seconds = sum(phases.seconds.values())
+        learn = phases.seconds.get("learn", 0.0)
+        used = mfu(self.parameters, stats.tokens, learn, self.world, self.device)
+        self.recorder.metrics(step, {
+            "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": self.learner.learning_rate(step),
+            "skipped": int(stats.skipped), "tokens": stats.tokens, "trained_tokens": stats.trained_tokens,
+            "tokens_per_s": stats.tokens / max(seconds, 1e-9), "step_s": seconds,
+            **({"mfu": used} if used is not None else {}), **memory_gib(self.device),
+            **{f"time/{k}_s": v for k, v in phases.seconds.items()}, **metrics.training_metrics(stats), **extra})
+
+    # ---- SFT ---------------------------------------------------------------------------------------------------------
+
+    def sft(self) -> Path | None:
+        """Supervised fine-tuning: per-token mean over the step's assistant tokens. The exported model, None if stopped."""
+        c = self.config
+        loaded = load_sources(c.data.train, c, self.tokenizer, verifiable=False)
+        mixture = Mixture(loaded.sources, quotas(c.domain, loaded.sources, c.train.batch_size), c.seed)
+        names = list(mixture.quota)
+        start, _ = self.begin(names)
+        objective, too_long, wall = Supervised(), 0, Phases()
+        self.display.start("warm start" if self.folder.name == "warm_start" else "sft", c.train.steps, start)
+        for step in range(start, c.train.steps):
+            phases = Phases()
+            with phases("data"):
+                rows = []
+                for domain, index in mixture.indices(step):
+                    tokens, trained = loaded.sources[domain].demonstration(index)
+                    if len(tokens) > c.train.tokens_per_bin:
+                        too_long += 1
+                        continue
+                    rows.append(TrainRow(tokens, np.array(trained), 0.0, 1.0, names.index(domain)))
+                total = sum(int(r.trained.sum()) for r in rows)
+                if not total:
+                    raise InputError(f"step {step}: every demonstration is longer than train.tokens_per_bin "
+                                     f"{c.train.tokens_per_bin} tokens")
+                for r in rows:
+                    r.weight = 1 / total
+            with phases("learn"):
+                stats = self.learner.step(rows, objective, step)
+            wall.add(phases)
+            self.record(step, stats, phases, {"too_long": too_long})
+            self.display.update(step + 1, f"loss {stats.loss:.3f}  {stats.tokens / sum(phases.seconds.values()):,.0f} tokens/s")
+            if self.after_step(stats, step, {}):
+                return None
+        self.display.stop()
+        model = checkpoint.export(self.folder / "model", self.policy, self.tokenizer, self.export_dtype)
+        self.recorder.close()
+        if too_long:
+            self.display.say(f"{too_long} demonstrations were longer than train.tokens_per_bin and were skipped")
+        self.display.say(f"SFT done: {model}")
+        return model
+
+    @property
+    def export_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    # ---- GRPO --------------------------------------------------------------------------------------------------------
+
+    def grpo(self) -> None:
+        """Group-relative policy optimisation over a mixture of domains."""
+        c, phases = self.config, Phases()
+        r = c.rollout
+        loaded = load_sources(c.data.train, c, self.tokenizer, verifiable=True)
+        if loaded.skipped:
+            self.display.say(f"Skipped rows: {loaded.skipped} (longer than rollout.max_prompt_tokens, or not in the mixture)")
+        quota = quotas(c.domain, loaded.sources, r.prompts_per_step)
+        self.mixture = Mixture(loaded.sources, quota, c.seed, rounds=1 + r.dynamic_sampling_rounds)
+        self.domains = [d for d, q in quota.items() if q]
+        held_out = eval_prompts(c, self.tokenizer)
+        start, state = self.begin(self.domains)
+        if start == 0:
+            self.display.say(f"{self.parameters / 1e6:,.2f}M parameters, {r.prompts_per_step} prompts x {r.group_size} samples per "
+                             f"step ({', '.join(f'{d} {q}' for d, q in quota.items())}), {self.world} rank(s) on {self.device.type}")
+        reference = None
+        if c.objective.kl_coef > 0:
+            reference = self.build_policy(self.model_path).requires_grad_(False).eval()
+        self.engine: Engine = self.build_engine()
+        objective = PolicyGradient(c.objective)
+        with VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox) as self.pool:
+            try:
+                self.engine.sync(self.policy, start)
+                self.probe(start)
+                before = {d: Score(**s) for d, s in state.get("before", {}).items()}
+                if not before:
+                    with phases("evaluate"):
+                        before = self.evaluate(held_out)
+                extra = {"before": {d: s.as_dict() for d, s in before.items()}}
+                tokens = 0
+                self.display.start("grpo", c.train.steps, start)
+                for step in range(start, c.train.steps):
+                    stats, spent = self.grpo_step(step, objective, reference)
+                    tokens += stats.tokens
+                    phases.add(spent)
+                    if c.evaluation.every and (step + 1) % c.evaluation.every == 0 and step + 1 < c.train.steps:
+                        with phases("evaluate"):
+                            self.record_scores(step, self.evaluate(held_out))
+                    if self.after_step(stats, step, extra):
+                        return
+                self.display.stop()
+                with phases("evaluate"):
+                    after = self.evaluate(held_out)
+                    self.record_scores(c.train.steps, after)
+            finally:
+                self.display.stop()
+                self.engine.close()
+                self.recorder.close()
+        with phases("export"):
+            model = checkpoint.export(self.folder / "model", self.policy, self.tokenizer, self.export_dtype)
+        self.finish(before, after, phases, tokens, model)
+
+    def build_engine(self) -> Engine:
+        r = self.config.rollout
+        if r.engine == "vllm":
+            from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
+
+            return VllmEngine(self.config, self.model_path, self.device)
+        return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end_tokens(self.policy, self.tokenizer))
+
+    def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
+        c, phases = self.config, Phases()
+        with phases("rollout"):
+            samples, groups, advantages, replaced = self.rollout(step)
+        with phases("pack"):
+            batches = self.batches(samples, advantages)
+        flat = [row for batch in batches for row in batch]
+        if reference is not None:
+            with phases("reference"):
+                for row, logp in zip(flat, self.learner.score(flat, reference)):
+                    row.ref_logp = logp
+        if len(batches) > 1:  # with a single update the policy that is trained is still the one that sampled
+            with phases("old_logp"):
+                for row, logp in zip(flat, self.learner.score(flat)):
+                    row.old_logp = logp
+        with phases("learn"):
+            for batch in batches:
+                stats = self.learner.step(batch, objective, step)
+        with phases("sync"):
+            self.engine.sync(self.policy, step + 1)
+        summary = metrics.rollout_metrics(samples, groups)
+        self.recorder.rollouts(step, samples)
+        self.record(step, stats, phases, {**summary, "groups_replaced": replaced})
+        rewards = "  ".join(f"{d} [bold]{summary[f'{d}/reward']:.2f}[/]" for d in self.domains)
+        generated = sum(len(s.tokens) for s in samples)
+        self.display.update(step + 1, f"reward {rewards}  {generated / phases.seconds['rollout']:,.0f} tok/s")
+        return stats, phases
+
+    def batches(self, samples: Sequence[Sample], advantages: np.ndarray) -> list[list[TrainRow]]:
+        """The rollout as updates_per_rollout parts of whole groups, each with its own denominators."""
+        c, n = self.config, self.config.rollout.group_size
+        parts, groups = c.objective.updates_per_rollout, len(samples) // n
+        cuts = [i * groups // parts * n for i in range(parts + 1)]
+        return [to_rows(samples[a:b], advantages[a:b], self.domains, c.objective, c.rollout.max_new_tokens)
+                for a, b in zip(cuts, cuts[1:])]
+
+    def rollout(self, step: int) -> tuple[list[Sample], list[GroupStats], np.ndarray, int]:
+        """Samples of one step; with dynamic sampling, dead groups replaced in prompt order by live ones of later rounds."""
+        c = self.config
+        samples = self.collect(self.mixture.batch(step), c.rollout.group_size, step)
+        advantages, groups = group_stats(samples, c.objective)
+        replaced = 0
+        for round in range(1, c.rollout.dynamic_sampling_rounds + 1):
+            dead = [i for i, g in enumerate(groups) if not g.live]
+            if not dead:
+                break
+            missing = {d: sum(groups[i].domain == d for i in dead) for d in self.domains}
+            prompts: list[Prompt] = []
+            for p in self.mixture.batch(step, round):
+                if missing[p.domain] > 0:
+                    missing[p.domain] -= 1
+                    prompts.append(p)
+            fresh = self.collect(prompts, c.rollout.group_size, step)
+            fresh_advantages, fresh_groups = group_stats(fresh, c.objective)
+            n = c.rollout.group_size
+            for j, group in enumerate(fresh_groups):
+                place = next((i for i in dead if groups[i].domain == group.domain), None)
+                if group.live and place is not None:
+                    dead.remove(place)
+                    groups[place] = group
+                    samples[place * n : (place + 1) * n] = fresh[j * n : (j + 1) * n]
+                    advantages[place * n : (place + 1) * n] = fresh_advantages[j * n : (j + 1) * n]
+                    replaced += 1
+        if c.objective.advantage == "batch_std" and replaced:
+            advantages, groups = group_stats(samples, c.objective)
+        return samples, groups, advantages, replaced
+
+    def collect(self, prompts: Sequence[Prompt], n: int, step: int, temperature: float | None = None,
+                max_new_tokens: int = 0) -> list[Sample]:
+        r = self.config.rollout
+        return collect(self.engine, self.pool, self.tokenizer, prompts, n, seed=self.config.seed, step=step,
+                       max_new_tokens=max_new_tokens or r.max_new_tokens,
+                       temperature=r.temperature if temperature is None else temperature)
+
+    def evaluate(self, held_out: Sequence[Prompt]) -> dict[str, Score]:
+        e = self.config.evaluation
+        if not held_out:
+            return {}
+        return score(self.collect(held_out, e.k, EVAL_STEP, e.temperature, e.max_new_tokens))
+
+    def record_scores(self, step: int, scores: dict[str, Score]) -> None:
+        values: dict[str, Any] = {f"eval/{d}/avg_at_k": s.avg_at_k for d, s in scores.items()}
+        if scores:
+            self.recorder.metrics(step, values | {"eval/avg_at_k": average(scores)})
+
+    def probe(self, version: int) -> None:
+        """Score what the engine samples in the trainer as well; two different policies end the run before it starts."""
+        prompts = self.mixture.batch(0)[:4]
+        limit = max(1, min(self.config.rollout.max_new_tokens, PROBE_TOKENS // len(prompts)))
+        requests = [Request(i, p.tokens, sample_seed(self.config.seed, EVAL_STEP, p.id, 0), limit, self.config.rollout.temperature)
+                    for i, p in enumerate(prompts)]
+        rows = []
+        for p, f in zip(prompts, generate(self.engine, requests)):
+            s = Sample(p, 0, f.tokens, f.logp, f.finish, f.weight_version)
+            rows.append(TrainRow([*p.tokens, *f.tokens], trained_mask(s), 1.0, 0.0, 0, np.asarray(f.logp, np.float32)))
+        if self.world > 1:  # every rank must pack the same rows: rank 0's
+            shared: list[Any] = [rows]
+            dist.broadcast_object_list(shared, src=0)
+            rows = shared[0]
+        delta = np.concatenate([mine - row.behaviour_logp for mine, row in zip(self.learner.score(rows), rows)])
+        k3 = float(np.mean(np.exp(delta) - delta - 1))
+        if not k3 <= PROBE_K3:
+            raise InputError(f"the rollout engine and the trainer disagree on {len(delta)} probe tokens at weight version {version}: "
+                             f"mean k3 {k3:.2e} nats, largest |log-probability difference| {np.abs(delta).max():.3f} "
+                             f"(limit {PROBE_K3:g}); their weights, tokenizer or temperature differ")
+
+    def finish(self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path) -> None:
+        self.wall |= phases.seconds
+        self.wall["total"] = time.perf_counter() - self.started
+        learn = max(phases.seconds.get("learn", 0.0), 1e-9)
+        joules = self.energy.joules()
+        summary = {"before": {d: s.as_dict() for d, s in before.items()}, "after": {d: s.as_dict() for d, s in after.items()},
+                   "wall_s": {k: round(v, 3) for k, v in self.wall.items()}, "trained_tokens_per_s": tokens / learn,
+                   "world_size": self.world, "device": self.device.type, "seed": self.config.seed, "model": str(model),
+                   **({"energy_j": joules} if joules is not None else {})}
+        if checkpoint.rank() != 0:
+            return
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        say = self.display.say
+        say("")
+        if after:
+            self.display.console.print(metrics.scores_table(before, after))
+        say("Wall time  " + "  ".join(f"{k} {v:.1f} s" for k, v in self.wall.items()))
+        say(f"Throughput {tokens / learn:,.0f} trained tokens/s")
+        say(f"Files      {self.folder}/  (summary.json, metrics.jsonl, rollouts.jsonl, config.toml, model/)")
+        say("Next       torchrun -m m2rl.train --help            every option\n"
+            "           torchrun -m m2rl.train --config my.toml  your model, your data (README, \"Real input\")")
+
+
+def end_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a response: the tokenizer's and the model's generation config's."""
+    ids = {tokenizer.eos_token_id}
+    generation = policy.model.generation_config
+    listed = generation.eos_token_id if generation is not None else None
+    ids |= set(listed if isinstance(listed, list) else [listed])
+    found = {i for i in ids if i is not None}
+    if not found:
+        raise InputError("neither the tokenizer nor generation_config.json names an end-of-sequence token")
+    return found
+
+
+if __name__ == "__main__":
+    exit_with(main)
