@@ -1,0 +1,66 @@
+"""Packed forward passes equal unpacked ones, for every architecture that users bring."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from m2rl.policy import ATTENTION, Packed, Policy, load_model
+from m2rl.types import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_packed_log_probabilities_and_gradients_equal_unpacked_ones(family, tied):
+    plain = tiny.model(family, tied)
+    policy = Policy(tiny.model(family, tied, attention=ATTENTION))
+    sequences = tiny.sequences((5, 17, 2, 9, 8))
+    packed = Packed.of(sequences, CPU)
+    rows = torch.cat([torch.arange(len(s) - 1) + sum(map(len, sequences[:i])) for i, s in enumerate(sequences)])
+    logp, entropy = policy(packed, rows, packed.tokens[rows + 1], 0.7)
+    want, want_entropy = [], []
+    for s in sequences:
+        dist = (plain(input_ids=torch.tensor([s])).logits[0, :-1] / 0.7).log_softmax(-1)
+        want.append(dist.gather(1, torch.tensor(s)[1:, None])[:, 0])
+        want_entropy.append(-(dist.exp() * dist).sum(-1))
+    torch.testing.assert_close(logp, torch.cat(want), atol=2e-5, rtol=0)
+    torch.testing.assert_close(entropy, torch.cat(want_entropy), atol=5e-5, rtol=0)
+    weight = torch.randn(len(logp), generator=torch.Generator().manual_seed(0))
+    (logp * weight).sum().backward()
+    (torch.cat(want) * weight).sum().backward()
+    theirs = dict(plain.named_parameters())
+    for name, p in policy.model.named_parameters():
+        error = (p.grad - theirs[name].grad).norm() / theirs[name].grad.norm()
+        assert error < 1e-5, (name, float(error))
+
+
+def test_attention_never_crosses_sequences():
+    policy = Policy(tiny.model(attention=ATTENTION))
+    a, b, c = tiny.sequences((7, 8, 6))
+    alone = policy.hidden(Packed.of([b], CPU))
+    together = policy.hidden(Packed.of([a, b, c], CPU))[7:15]
+    torch.testing.assert_close(alone, together, atol=2e-6, rtol=0)
+
+
+def test_packed_layout():
+    packed = Packed.of([[5, 6, 7], [8], [9, 10]], CPU)
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 9, 10]
+    assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1]
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert packed.max_seqlen == 3
+
+
+def test_a_model_with_nan_weights_is_refused_by_name(tmp_path):
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = np.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"NaN or infinity in 1 weights, first model.layers.1.mlp.up_proj.weight"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a Hugging Face model folder"):
+        load_model(tmp_path)
