@@ -25,7 +25,8 @@ from m2rl.domains.constraints import (
     holds,
 )
 from m2rl.domains.english_text import WORD as WORD_PATTERN
-from m2rl.domains.english_text import is_english, sentences, tokens, word_set
+from m2rl.domains.english_text import is_english, sentences, tokens
+from m2rl.domains.english_words import word_set
 
 
 def count_words(response: str) -> int:

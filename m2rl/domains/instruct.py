@@ -22,7 +22,12 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from m2rl.domains import constraints_embedded, constraints_ifeval  # noqa: F401  they fill the table
+from m2rl.domains import (  # noqa: F401  they fill the table
+    constraints_embedded,
+    constraints_ifbench,
+    constraints_ifeval,
+    constraints_open,
+)
 from m2rl.domains.constraints import CONSTRAINTS, Constraint
 from m2rl.types import Verdict
 
