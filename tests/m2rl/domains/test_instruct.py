@@ -54,6 +54,11 @@ def _wants_number(kwarg):
     return True
 
 
+def test_the_table_holds_ifeval_open_instruct_ifbench_and_the_embedded_ids():
+    assert len(CONSTRAINTS) == 25 + 29 + 58 + 3
+    assert all(constraint.id == id and constraint.check.__doc__ for id, constraint in CONSTRAINTS.items())
+
+
 # --- reward and status ----------------------------------------------------------------------------------------------
 
 

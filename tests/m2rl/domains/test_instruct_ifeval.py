@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2rl.domains import constraints_ifeval, instruct
+from m2rl.domains import instruct
 from m2rl.domains.constraints import CONSTRAINTS
 
 ENGLISH = "the river was quiet and we walked along it until the lights of the town came on one by one"
@@ -159,11 +159,10 @@ def test_not_satisfied(id, kwargs, response):
 
 
 def test_every_id_has_two_cases_of_each_kind():
-    ids = {id for id, c in CONSTRAINTS.items() if c.check.__module__ == constraints_ifeval.__name__}
-    assert len(ids) == 25
-    assert ids == CASES.keys()
+    assert len(CASES) == 25
+    assert CASES.keys() <= CONSTRAINTS.keys()
     for cases in (PASSING, FAILING):
-        assert all(sum(id == other for other, _, _ in cases) >= 2 for id in ids)
+        assert all(sum(id == other for other, _, _ in cases) >= 2 for id in CASES)
 
 
 def test_language_detection_is_repeatable():
