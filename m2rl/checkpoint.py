@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import PreTrainedTokenizerBase
 
@@ -103,8 +104,14 @@ def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimiz
     target = folder / "checkpoints" / f"step-{step:06d}"
     with _quiet(), atomic_folder(target) as partial:
         model_state, optimizer_state = get_state_dict(policy, optimizer)
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(partial / "shards"),
-                 no_dist=not dist.is_initialized())
+        try:
+            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(partial / "shards"),
+                     no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, OSError):  # a full disk is the user's business: give it its own name back
+                    raise failure from None
+            raise
         torch.save(rng_state(), partial / f"rng-{rank()}.pt")
         if rank() == 0:
             (partial / "config.toml").write_text(config_toml)
