@@ -35,7 +35,9 @@ from m2rl.types import InputError
 NOW = "2023-11-30 23:59:00"
 """The moment every episode takes place at; what is sent gets this timestamp."""
 MAX_ARGUMENT_CHARS = 20_000
-"""Longer arguments are refused: no honest call needs one, and searching 500 rows for one costs time."""
+"""Longer arguments are refused: no honest call needs one."""
+MAX_QUERY_CHARS = 1_000
+"""The same for what is searched for: thousands of alternatives in every cell of a table take seconds."""
 
 Row = dict[str, Any]
 
@@ -256,8 +258,14 @@ def _need_address(text: str) -> None:
         raise ToolError("Error: recipient is not an e-mail address.")
 
 
+def _need_short(query: str) -> None:
+    if len(query) > MAX_QUERY_CHARS:
+        raise ToolError(f"Error: what is searched for is longer than {MAX_QUERY_CHARS} characters.")
+
+
 def _matcher(query: str) -> Callable[[str | None], bool]:
     """Case-blind substring search; `a|b` is a or b, `a.*b` is a and later b. Linear in the length of the cell."""
+    _need_short(query)
     alternatives = [[piece for piece in alternative.split(".*") if piece] for alternative in query.lower().split("|")]
 
     def matches(cell: str | None) -> bool:
@@ -351,6 +359,7 @@ def email_get_email_information_by_id(state: State, email_id: str, field: str) -
 def email_search_emails(state: State, query: str = "", date_min: str = "", date_max: str = "", page: int = 1,
                         page_size: int = 5) -> dict[str, Any] | str:
     """Every word of the query is in the subject, the body or the address; newest first; both days inclusive."""
+    _need_short(query)
     words = sorted(set(query.lower().split()), key=len, reverse=True)  # the least likely first
     first, last = _need_time(date_min, "date_min"), _need_time(date_max, "date_max")
     found: list[tuple[datetime, Row]] = []

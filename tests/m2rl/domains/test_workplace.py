@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import office
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,8 +26,8 @@ from m2rl.types import InputError
 
 
 @pytest.fixture(scope="module")
-def world(office_folder: Path) -> World:
-    return load_world(office_folder)
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return load_world(office.write(tmp_path_factory.mktemp("office")))
 
 
 @pytest.fixture
@@ -90,6 +91,7 @@ ERRORS = [
     ("email_get_email_information_by_id", {"email_id": "$emails.email_id", "field": "colour"}, "sent_datetime"),
     ("email_search_emails", {"date_min": "soon"}, "date_min"),
     ("email_search_emails", {"page_size": 0}, "page_size"),
+    ("email_search_emails", {"query": "a " * 501}, "longer than"),
     ("email_send_email", {"recipient": "bo", "subject": "a", "body": "b"}, "address"),
     ("email_send_email", {"recipient": "bo@office.example", "subject": "", "body": "b"}, "subject"),
     ("email_delete_email", {"email_id": "99999999"}, "no email"),
@@ -99,6 +101,7 @@ ERRORS = [
     ("calendar_get_event_information_by_id", {"event_id": "12", "field": "duration"}, "8 digits"),
     ("calendar_get_event_information_by_id", {"event_id": "$calendar.event_id", "field": "colour"}, "event_start"),
     ("calendar_search_events", {"time_max": "whenever"}, "time_max"),
+    ("calendar_search_events", {"query": "a|" * 501}, "longer than"),
     ("calendar_create_event", {"event_name": "Tea", "participant_email": "b@o.e", "event_start": "later",
                                "duration": "30"}, "event_start"),
     ("calendar_create_event", {"event_name": "Tea", "participant_email": "b@o.e", "event_start": "2023-12-01",
@@ -298,9 +301,9 @@ def test_a_missing_folder_or_file_is_named(make, tmp_path: Path):
     assert str(folder) in str(caught.value)
 
 
-def test_every_missing_file_and_column_is_named(tmp_path: Path, new_office):
+def test_every_missing_file_and_column_is_named(tmp_path: Path):
     for i, (name, columns) in enumerate(FILES.values()):
-        folder = new_office(tmp_path / str(i))
+        folder = office.write(tmp_path / str(i))
         path = folder / name
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace(columns[-1], "other", 1), encoding="utf-8")
@@ -318,8 +321,8 @@ def test_every_missing_file_and_column_is_named(tmp_path: Path, new_office):
     ("emails", "2023-1", "MMXXIII", "sent_datetime"),
     ("tasks", ",Design", "", "fewer cells"),
 ])
-def test_a_broken_row_is_named_by_file_and_line(table: str, old: str, new: str, part: str, tmp_path: Path, new_office):
-    folder = new_office(tmp_path / "office")
+def test_a_broken_row_is_named_by_file_and_line(table: str, old: str, new: str, part: str, tmp_path: Path):
+    folder = office.write(tmp_path / "office")
     path = folder / FILES[table][0]
     path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
     with pytest.raises(InputError, match=part) as caught:
@@ -327,8 +330,8 @@ def test_a_broken_row_is_named_by_file_and_line(table: str, old: str, new: str, 
     assert f"{path}:" in str(caught.value)
 
 
-def test_files_may_lie_in_processed_and_raw(tmp_path: Path, new_office, world: World):
-    flat = new_office(tmp_path / "flat")
+def test_files_may_lie_in_processed_and_raw(tmp_path: Path, world: World):
+    flat = office.write(tmp_path / "flat")
     for name in [*(f for f, _ in FILES.values()), "email_addresses.csv"]:
         target = tmp_path / "split" / ("raw" if name == "email_addresses.csv" else "processed") / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,15 @@
-"""Fixtures shared by several folders: a made-up office for the agent domain."""
+"""A made-up office for the agent domain: the six CSV files, every number, name and text drawn from a seed."""
 
 import csv
 import random
 from pathlib import Path
 
-import pytest
-
 PEOPLE = ["ada.quill", "bo.fennel", "cleo.marsh", "dag.ilsen", "esi.okine", "finn.arrow", "gus.pome", "hana.reef"]
 TOPICS = ["Otter census", "Paper boat race", "Lamp inventory", "Roof garden", "Tea tasting", "Map room move"]
 
 
-def office_rows(seed: int, emails: int = 60, events: int = 40, tasks: int = 40, customers: int = 30, visits: int = 80):
-    """The rows of the six files; every number, name and text is drawn from `seed`."""
+def rows(seed: int, emails: int = 60, events: int = 40, tasks: int = 40, customers: int = 30, visits: int = 80):
+    """File name -> its rows."""
     draw = random.Random(seed)
     person = lambda: f"{draw.choice(PEOPLE)}@office.example"  # noqa: E731
     numbers = lambda n: [f"{i:08d}" for i in draw.sample(range(n), n)]  # noqa: E731
@@ -48,26 +46,15 @@ def office_rows(seed: int, emails: int = 60, events: int = 40, tasks: int = 40, 
     }
 
 
-def write_office(folder: Path, seed: int = 0, **sizes: int) -> Path:
+def write(folder: Path, seed: int = 0, **sizes: int) -> Path:
+    """Write the six files; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in office_rows(seed, **sizes).items():
+    for name, table in rows(seed, **sizes).items():
         with (folder / name).open("w", encoding="utf-8", newline="") as lines:
-            if isinstance(rows[0], str):
-                lines.write("\n".join(rows) + "\n")
+            if isinstance(table[0], str):
+                lines.write("\n".join(table) + "\n")
             else:
-                writer = csv.DictWriter(lines, rows[0].keys())
+                writer = csv.DictWriter(lines, table[0].keys())
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(table)
     return folder
-
-
-@pytest.fixture(scope="session")
-def office_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The six CSV files of a made-up office."""
-    return write_office(tmp_path_factory.mktemp("office"))
-
-
-@pytest.fixture
-def new_office():
-    """write_office(folder, seed=0, **sizes) -> folder: for tests that need files of their own."""
-    return write_office
