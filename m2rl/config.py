@@ -81,6 +81,12 @@ class Rollout:
     """Of sampling, and of the log-probabilities that are trained. top-p, top-k and penalties are never used in training."""
     max_sequences: int = 256
     """Sequences decoded at once on one rank."""
+    tensor_parallel: int = 1
+    """vLLM: neighbouring ranks that share one engine. 1 = every rank holds a whole one, which is faster while it fits."""
+    kv_cache_gib: float = 1.0
+    """vLLM: GiB of key/value cache per rank, fixed in bytes. `--dry-run` shows what it can hold."""
+    stall_timeout_s: float = 600.0
+    """vLLM: a rank whose engine has generated no token for so long prints its stacks and ends; the run can be resumed."""
     dynamic_sampling_rounds: int = 0
     """Replace zero-variance groups by further prompts, at most this many rounds (DAPO); 0 = off."""
     verifier_workers: int = 1
@@ -209,7 +215,7 @@ class Launch:
 # What a resumed run may change without becoming another run.
 RESUME_MAY_CHANGE = {"name", "run_dir", "resume", "threads", "log", "evaluation", "warm_start", "warm_start_steps",
                      "train.steps", "train.save_every", "train.keep_checkpoints", "rollout.verifier_workers",
-                     "rollout.max_sequences"}
+                     "rollout.max_sequences", "rollout.kv_cache_gib", "rollout.stall_timeout_s"}
 
 
 def named_configs() -> list[str]:
@@ -286,6 +292,10 @@ def check(config: Config, where: str) -> Config:
         need(r.group_size >= 2, f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)")
         need(r.prompts_per_step >= 1, f"rollout.prompts_per_step must be at least 1, got {r.prompts_per_step}")
         need(r.temperature > 0, f"rollout.temperature must be above 0, got {r.temperature}")
+        need(r.tensor_parallel >= 1, f"rollout.tensor_parallel must be at least 1, got {r.tensor_parallel}")
+        need(r.tensor_parallel == 1 or r.engine == "vllm", 'rollout.tensor_parallel above 1 needs rollout.engine "vllm"')
+        need(r.kv_cache_gib > 0, f"rollout.kv_cache_gib must be above 0, got {r.kv_cache_gib}")
+        need(r.stall_timeout_s > 0, f"rollout.stall_timeout_s must be above 0, got {r.stall_timeout_s}")
         need(r.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {r.max_new_tokens}")
         need(0 <= o.clip_low < 1, f"objective.clip_low must be in [0, 1), got {o.clip_low}")
         need(o.updates_per_rollout >= 1, f"objective.updates_per_rollout must be at least 1, got {o.updates_per_rollout}")

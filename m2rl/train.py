@@ -294,7 +294,7 @@ class Run:
         if r.engine == "vllm":
             from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
 
-            return VllmEngine(self.config, self.model_path, self.device)
+            return VllmEngine(self.config, self.model_path, self.device, end_tokens(self.policy, self.tokenizer))
         return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end_tokens(self.policy, self.tokenizer))
 
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
