@@ -33,10 +33,11 @@ def sentences(text: str) -> tuple[str, ...]:
 # One token of the Penn Treebank convention: an ellipsis, a dash, a quote, one mark, or a run of anything else. A comma
 # or a colon before a digit, a single hyphen and an inner period stay inside the run.
 _TOKEN = re.compile(
-    r"""\.\.+|--|``|''|[?!;@\#$%&()\[\]{}<>"«»“”‘’„`…]"""
-    r"""|(?:[^\s?!;@\#$%&()\[\]{}<>"«»“”‘’„`….,:-]|[,:](?=\d)|-(?!-)|\.(?!\.))+|[,:]"""
+    r"""\.\.+|--|``|''|[?!;@\#$%&*()\[\]{}<>"«»“”‘’„`…–—]"""
+    r"""|(?:[^\s?!;@\#$%&*()\[\]{}<>"«»“”‘’„`…–—.,:-]|[,:](?=\d)|-(?!-)|\.(?!\.))+|[,:]"""
 )
 _CLITIC = re.compile(r"(?i)(n't|'(?:s|m|d|ll|re|ve|))$")
+_OPENING_QUOTE = re.compile(r"(?i)'(?!(?:s|m|d|t|ll|re|ve)\b)(?=\w)")
 _CLOSERS = frozenset("])}>\"'»”’")
 
 
@@ -45,6 +46,9 @@ def tokens(sentence: str) -> tuple[str, ...]:
     """Penn Treebank tokens of one sentence: marks and clitics ("do n't", "it 's") apart, the final period apart."""
     out = []
     for run in _TOKEN.findall(sentence):
+        if _OPENING_QUOTE.match(run):
+            out.append("'")
+            run = run[1:]
         if clitic := _CLITIC.search(run, 1):
             out += [run[: clitic.start()], clitic.group()]
         else:

@@ -58,76 +58,108 @@ _VERBS = word_set(
     """
     abandon absorb accept accompany accomplish account accuse achieve acknowledge acquire act activate adapt add
     address adjust administer admire admit adopt advance advertise advise advocate affect afford agree aim alert
-    align allocate allow alter amend amplify analyse analyze announce annotate answer anticipate apologize appear
+    align allocate allow alter amend amplify analyse analyze annotate announce answer anticipate apologize appear
     append apply appoint appreciate approach approve archive argue arise arm arrange arrest arrive articulate ask
     assemble assert assess assign assist assume assure attach attack attain attempt attend attract audit authorize
-    automate avoid awake award bake balance ban bathe battle bear beat become beg begin behave behold believe belong
-    bend bet bind bite blame bleed blend bless block blow boast boil bolster boost borrow bounce bow brace
-    brainstorm break breathe breed brew bring broadcast browse brush build bundle burn burst bury buy calculate call
-    calm cancel capture care carry carve cast catch categorize cause cease celebrate centralize challenge change
-    charge chase chat check cheer cherish chew choose chop circle cite claim clarify classify clean clear click
-    climb cling close clutch coach code collaborate collapse collect combat combine come comfort command commence
-    comment commit communicate compare compete compile complain complete comply compose compress compute conceal
-    concentrate conclude conduct confess configure confirm confront connect conquer consider consist consolidate
-    construct consult consume contact contain contemplate continue contrast contribute control convert convey
-    convince cook cooperate coordinate cope copy correct correlate correspond count cover craft crash crawl create
-    criticize cross crush cry cultivate curate customize cut dance dare deal debate debug decide declare decline
-    decorate decrease dedicate deduce deepen defeat defend define delay delegate delete deliver delve demand
-    demonstrate deny depart depend depict deploy derive descend describe deserve design desire destroy detail detect
-    determine develop devise devote diagnose dice die differ differentiate dig digest diminish dip direct disable
-    disagree disappear discard discharge discover discuss dismiss display dissolve distinguish distribute dive
-    diversify divide document dominate donate double doubt download draft drag draw dream dress drift drill drink
-    drive drizzle drop drown dry dump dust dwell earn ease eat edit educate elaborate elect elevate eliminate embark
-    embed embody embrace emerge emit emphasize employ empower enable encourage encounter end endorse endure enforce
-    engage enhance enjoy enlist ensure enter entertain equip erase escape establish estimate evaluate evolve examine
-    exceed excel exchange excite exclude execute exercise exert exhibit exist expand expect experience experiment
-    explain explode exploit explore export expose express extend extract face facilitate fade fail fall familiarize
-    fasten favor favour fear feed feel fetch fight figure fill filter finalize find finish fit fix flee fling flip
-    float flourish flow fly focus fold follow forbid force forecast foresee forget forgive form formalize format
-    formulate foster frame free freeze fry fuel fulfill function fund gain gather gauge gaze generate get give
-    glance glow go govern grab grade grant grapple grasp greet grill grind grip grow guarantee guard guess guide
-    hail halt handle hang happen harness hate haul have head heal hear heat help hesitate hide highlight hike hire
-    hit hold honor honour hope host hover hug hunt hurry hurt identify ignite ignore illuminate illustrate imagine
-    imitate immerse implement imply import impose impress improve improvise include incorporate increase indicate
-    infer influence inform initialize initiate inject inquire insert inspect inspire install instruct integrate
-    intend interact interpret interrupt intervene interview introduce invent invest investigate invite invoke
-    involve isolate iterate join joke judge juggle jump justify keep kick kill kiss kneel knit knock know label
-    labor lack land last laugh launch lay lead lean leap learn leave lend let leverage lie lift light like limit
-    line link list listen live load locate lock log look lose love lower maintain make manage manipulate map march
-    mark marry marvel mash master match maximize mean measure meditate meet melt memorize mend mention merge migrate
-    mimic minimize miss mix model modify monitor motivate mount move multiply mute name narrate narrow navigate need
-    neglect negotiate nod normalize note notice notify nourish number nurture obey object observe obtain occupy
-    occur offer omit open operate oppose optimize opt order organise organize orient outline overcome overlook
-    oversee owe own pack paint park part participate pass paste patch pause pay peel perceive perform permit persist
-    persuade pick pin pitch place plan plant play plead please plot plug point ponder pop populate position possess
-    post postpone pour practice practise praise pray preach precede predict prefer preheat prepare prescribe present
-    preserve press presume pretend prevent print prioritize probe proceed process produce program progress prohibit
-    project promise promote prompt pronounce propose protect protest prove provide prune publish pull pump punish
-    purchase pursue push put qualify quantify question quit quote race raise rank reach react read realize reap
-    reason reassure rebuild recall receive recite recognize recommend reconcile record recover recruit recycle
-    redesign reduce refactor refer refine reflect reform refresh refuse refute regain regard register regret
-    regulate reinforce reject relate relax release relieve rely remain remember remind remove render renew rent
-    repair repeat rephrase replace replicate reply report represent request require rescue research resemble reserve
-    reset reside resist resolve respect respond rest restart restore restrict result resume retain rethink retire
-    retrieve return reuse reveal reverse review revise revisit revive revolve reward rewrite ride ring rinse rise
-    risk roast rob roll rotate rub ruin rule run rush sail salute sample satisfy sauté save savor say scale scan
-    scatter schedule scrape scratch scream screen scroll search season secure see seek seem seize select sell send
-    sense separate serve set settle sew shake shape share sharpen shed shift shine ship shoot shop shorten shout
-    show shred shrink shut sift sigh sign signal simmer simplify simulate sing sink sit sketch skip slay sleep slice
-    slide slip slow smell smile smoke smooth snap snatch sneak soak soar solve sort sound sow spare spark speak
-    specialize specify speculate speed spell spend spice spill spin split spoil sponsor spot spread spring sprinkle
-    squeeze stabilize stack stand standardize stare start state stay steal steam steer step stick stimulate stir
-    stop store storm strain strengthen stress stretch strike strive structure struggle study stuff submit subscribe
-    substitute subtract succeed suffer suggest suit summarise summarize summon supervise supply support suppose
-    surge surrender surround survey survive suspect suspend sustain swallow swap swear sweep swim swing switch
-    symbolize synchronize synthesize tackle tag tailor take talk tap target taste teach tear tell tend terminate
-    test thank think thrive throw tie tighten tolerate toss touch tour trace track trade train transcend transfer
-    transform transition translate transmit travel traverse treasure treat tremble trigger trim trust try tune turn
-    tweak twist type uncover undergo underline underscore understand undertake unearth unfold unify unite unleash
-    unlock unpack unravel unveil update upgrade uphold upload urge use utilize validate value vanish vary venture
-    verify view visit visualize voice volunteer vote wait wake walk wander want warm warn wash waste watch water
-    weaken wear weave weigh welcome whip whisk whisper widen win wipe wish withdraw withhold withstand witness
-    wonder work worry worship wrap wrestle write yearn yell yield zoom
+    automate avoid awake award bake balance ban bask bathe battle bear beat beckon become beg begin behave behold
+    believe belong bend bestow bet bid bind bite blame bleed blend bless block bloom blossom blow boast boil bolster
+    boost borrow bounce bow brace brainstorm break breathe breed brew brim bring broadcast broil browse brush build
+    bundle burn burst bury buy buzz calculate calibrate call calm cancel capture care carry carve cascade cast catch
+    categorise categorize cause cease celebrate centralize challenge change chant charge chart chase chat check
+    cheer cherish chew choose chop circle cite claim clarify clasp classify clean clear click climb cling close
+    clutch coach coax code coexist coil collaborate collapse collect combat combine come comfort command commence
+    comment commit communicate compare compensate compete compile complain complete comply compose compress compute
+    conceal conceive concentrate conceptualize conclude conduct confess configure confine confirm conform confront
+    congratulate connect conquer consent conserve consider consist consolidate constrain construct consult consume
+    contact contain contemplate contextualize continue contrast contribute control convert convey convince cook
+    cooperate coordinate cope copy correct correlate correspond count counter cover craft crash crawl create
+    criticize cross crumble crunch crush cry cultivate curate customize cut dance dangle dare dash dazzle deal
+    debate debug decide decipher declare decline decode decorate decrease decrypt dedicate deduce deduct deem deepen
+    default defeat defend define degrade delay delegate delete delight delineate deliver delve demand demonstrate
+    demystify denote deny depart depend depict deplete deploy depreciate derive descend describe deserve design
+    designate desire destroy detail detect deter deteriorate determine develop deviate devise devote devour diagnose
+    dice dictate die differ differentiate dig digest dilute diminish dip direct disable disagree disappear discard
+    discern discharge disclose discourage discover discuss dismiss dispatch display dispose disrupt dissect
+    disseminate dissolve distinguish distort distribute dive diverge diversify divert divide divulge document
+    dominate donate double doubt download draft drag drain draw dream dress drift drill drink drive drizzle drop
+    drown dry dump dust dwell dwindle earn ease eat echo edit educate elaborate elect elevate elicit eliminate
+    elucidate emanate embark embed embellish embody embrace emerge emit empathize emphasise emphasize employ empower
+    emulate enable enact encapsulate enchant encircle encode encompass encounter encourage encrypt end endanger
+    endorse endure enforce engage engulf enhance enjoy enlist enrich ensnare ensure entail enter entertain entitle
+    entrust entwine envisage envision envy equate equip eradicate erase erode erupt escape establish estimate etch
+    evade evaluate evoke evolve exacerbate examine exceed excel exchange excite exclude excuse execute exemplify
+    exempt exercise exert exhale exhaust exhibit exist expand expect expedite experience experiment expire explain
+    explode exploit explore export expose express extend extract extrapolate fabricate face facilitate fade fail
+    fall familiarize fasten fathom favor favour fear feed feel fetch fight figure fill filter finalize find finish
+    fit fix flag flatter flee flicker fling flip float flood flourish flow fluctuate flutter fly focus fold follow
+    forbid force forecast forego foresee forge forget forgive form formalize format formulate fortify foster frame
+    free freeze fry fuel fulfil fulfill function fund gain gallop galvanize garner garnish gather gauge gaze gear
+    generalize generate get give glance gleam glide glimmer glisten glow go govern grab grade grant grapple grasp
+    gravitate greet grieve grill grin grind grip groan grow growl guarantee guard guess guide hail halt handle hang
+    happen harness harvest hasten hate haul have head heal hear heat heed help hesitate hide highlight hike hinder
+    hire hit hoist hold hone honor honour hope host hover howl hug hum hunch hunt hurry hurt hustle hypothesize
+    identify ignite ignore illuminate illustrate imagine imitate immerse immigrate impart implement imply import
+    impose impress improve improvise incite incline include incorporate increase index indicate induce infer
+    influence inform infuse inhabit inhale inherit inhibit initialize initiate inject innovate inquire insert insist
+    inspect inspire install instill instruct insulate integrate intend intensify interact intercept interfere
+    internalize interpret interrupt intertwine intervene interview introduce invade invent invert invest investigate
+    invite invoke involve irrigate isolate itemize iterate join joke jot judge juggle jump justify juxtapose keep
+    kick kill kindle kiss knead kneel knit knock know label lack lament land laud laugh launch lay lead lean leap
+    learn leave lend let leverage lie lift light limit linger link list listen live load loathe locate lock lodge
+    log look loom loosen lose love lower lure lurk magnify maintain make manage mandate manipulate manufacture map
+    marinate mark marry marvel mash master match maximise maximize mean meander measure mediate meditate meet melt
+    memorize mend mention merge merit migrate mimic mince mingle minimise minimize miss mitigate mix moan mobilize
+    model modernize modify mold monitor monopolize motivate mount mourn move multiply mumble murmur muster mute
+    mutter name narrate narrow navigate necessitate need negate neglect negotiate nestle neutralize nod nominate
+    normalize note notice notify nourish nullify nurture obey object observe obstruct obtain occupy occur offer
+    offset omit open operate oppose opt optimise optimize orchestrate order organise organize orient originate
+    outline outshine outweigh overcome overhaul overlap overlook oversee oversimplify overwhelm owe own pack paddle
+    paint parade park participate partition pass paste patch pause pave pay peek peel peer penetrate perceive perch
+    perform permit perpetuate persist persuade peruse petition pick pin pinpoint pique pitch place plan plant play
+    plead please pledge plot plow plug plunge point polish ponder pop populate possess post postpone pounce pour
+    practice practise praise pray preach precede preclude predict prefer prefix preheat prepare prescribe present
+    preserve press presume presuppose pretend prevail prevent print prioritise prioritize probe proceed process
+    procure produce program progress prohibit project promise promote prompt pronounce proofread propagate propel
+    propose prosper protect protest prove provide provoke prowl prune publicize publish pull pump punish purchase
+    purify pursue push put qualify quantify quantize quench query question queue quit quiver quote radiate raise
+    rally ramble rank ratify ration rationalize rattle reach react read reaffirm realise realize reap rearrange
+    reassess reassure rebuild recall recap receive recite reckon recline recognise recognize recommend reconcile
+    reconsider reconstruct record recount recover recreate recruit rectify recur recycle redefine redesign redirect
+    rediscover reduce refactor refer refine reflect reform refrain reframe refresh refuse refute regain regard
+    register regret regulate reimagine reimburse reinforce reiterate reject rejoice rekindle relate relax relay
+    release relieve relinquish relish relocate rely remain remedy remember remind remove render renew renovate rent
+    reopen reorganize repair repay repeat repel rephrase replace replenish replicate reply report reposition
+    represent reprint request require rescue research resell resemble reserve reset reshape reside resign resist
+    resolve resonate resort respect respond rest restart restate restore restrain restrict restructure result resume
+    resurrect retain retell rethink retire retreat retrieve return reunite reuse revamp reveal revel revere reverse
+    review revise revisit revitalize revive revolve reward rewrite ride ridicule ring rinse rip ripple rise risk
+    roam roast rob roll rotate rouse rub ruin rule rumble run rush safeguard sail salute sample satisfy saunter
+    sauté save savor savour say scale scan scatter schedule scoff scold scour scowl scramble scrape scratch scream
+    screen scroll scrutinize scurry sear search secure see seek seem segment seize select sell send sense separate
+    sequence serve set settle sew shake shape share sharpen shatter shed shield shift shimmer shine ship shiver
+    shoot shop shorten shout shove show showcase shred shriek shrink shudder shuffle shun shut sift sigh sign signal
+    simmer simplify simulate sing sink siphon sit situate sketch skim skip slam slash slay sleep slice slide slip
+    slither slow slump smash smell smile smirk smoke smooth smother snap snarl snatch sneak sneer sniff snore soak
+    soar sob solidify solve soothe sort sound sow spare spark sparkle spawn speak spearhead specialise specialize
+    specify speculate speed spell spend spice spill spin split spoil sponsor spot sprawl spread spring sprinkle
+    sprint squander squeal squeeze squint stabilize stack stagger stammer stand standardize stare start startle
+    state stay steal steam steer stem step stick stimulate stipulate stir stomp stop store storm strain strategize
+    stray streamline strengthen stress stretch strike strip strive stroll struggle strut study stuff stumble
+    subdivide subdue submerge submit subscribe subside subsidize substantiate substitute subtract succeed suffer
+    suggest suit sulk summarise summarize summon supervise supplement supply support suppose suppress surge surmise
+    surpass surrender surround survey survive suspect suspend sustain swallow swap sway swear sweep swim swing swirl
+    switch swoop symbolise symbolize synchronize synthesize tabulate tackle tag tailor take talk tally tame tap
+    target taste teach tear tease tell tempt tend terminate test testify thank theorize think thrill thrive throw
+    thump thwart tie tighten tinker tiptoe tolerate torment toss touch tour trace track trade train trample
+    transcend transcribe transfer transform transition translate transmit trap travel traverse treasure treat
+    tremble trickle trigger trim triple trot trudge trust try tuck tumble tune turn tweak twirl twist type uncoil
+    uncork uncover undergo underline underscore understand undertake unearth unfold unfurl unify unite unleash
+    unlock unpack unravel unveil unwind unwrap update upgrade uphold upload uproot urge use usher usurp utilise
+    utilize utter vacate vacuum validate vanish vary venerate venture verify view vindicate visit visualise
+    visualize voice volunteer vote vow wage wait wake walk waltz wander wane want warm warn wash waste watch waver
+    weaken wear weave weep weigh welcome whine whip whir whisk whisper whistle widen wield win wince wipe wish
+    withdraw wither withhold withstand witness wonder work worry worsen worship wrangle wrap wreak wrestle write
+    yank yawn yearn yell yield zoom
     """
 )
 
