@@ -20,6 +20,7 @@ Source: arXiv 2602.12566 (v3), the workplace-assistant environment it trains in.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -102,18 +103,25 @@ def _tool_call(call: Any, decoder: json.JSONDecoder) -> ToolCall:
 
 
 def schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Tool name -> JSON schema of its arguments, from the row's OpenAI schemas. Raises InputError if malformed."""
+    """Tool name -> JSON schema of its arguments, from the row's OpenAI schemas; shared by rows with the same tools, so
+    read only. Raises InputError if malformed."""
+    return _schemas(json.dumps(list(tools)))
+
+
+@functools.lru_cache(maxsize=64)
+def _schemas(tools: str) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool.get("function"), Mapping) else tool
-        name = function.get("name") if function else None
-        if not function or not isinstance(name, str) or not name:
+    for i, tool in enumerate(json.loads(tools)):
+        function = tool.get("function") or tool if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
             raise InputError(f"tools[{i}] has no function name")
         schema = function.get("parameters") or {}
-        properties = (schema.get("properties") or {}) if isinstance(schema, Mapping) else None
-        if not isinstance(properties, Mapping) or not all(isinstance(rule, Mapping) for rule in properties.values()):
+        properties = (schema.get("properties") or {}) if isinstance(schema, dict) else None
+        if not isinstance(properties, dict) or not all(isinstance(r or {}, dict) for r in properties.values()):
             raise InputError(f"tools[{i}] {name}: parameters is not a JSON schema with properties")
-        found[name] = schema
+        # Arrow gives every schema the properties of all the others, as nulls
+        found[name] = {**schema, "properties": {key: rule for key, rule in properties.items() if rule is not None}}
     return found
 
 
@@ -137,7 +145,7 @@ def argument_error(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> s
         kinds = [rule["type"]] if isinstance(rule.get("type"), str) else rule.get("type") or []
         if kinds and not any(_is_of(value, kind) for kind in kinds):
             return f"{key} must be of type {' or '.join(kinds)}"
-        if "enum" in rule and value not in rule["enum"]:
+        if rule.get("enum") and value not in rule["enum"]:
             return f"{key} must be one of: {', '.join(map(str, rule['enum']))}"
     return ""
 

@@ -36,7 +36,7 @@ NOW = "2023-11-30 23:59:00"
 """The moment every episode takes place at; what is sent gets this timestamp."""
 MAX_ARGUMENT_CHARS = 20_000
 """Longer arguments are refused: no honest call needs one."""
-MAX_QUERY_CHARS = 1_000
+MAX_QUERY_CHARS = 300
 """The same for what is searched for: thousands of alternatives in every cell of a table take seconds."""
 
 Row = dict[str, Any]
