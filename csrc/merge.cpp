@@ -1,0 +1,680 @@
+// Merging on the CPU: the passes (select, sums, apply) over chunks of many tensors, std::thread, one reading of the inputs per
+// pass, a few chunks of memory per thread whatever the model's size.
+//
+//   select   exact k-th largest key per list: a sample brackets it, one pass counts what lies above and stores what lies
+//            inside; where the bracket misses or holds too much, histograms of 65536 bins refine it (at most two more passes)
+//   sums     float64 reductions, per chunk, added in chunk order
+//   apply    filter, combine, round once, write
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <unistd.h>
+#include <vector>
+
+#include "isa.h"
+#include "merge_blocks.h"
+#include "ops.h"
+#include "radix.h"
+
+using namespace m2rl;
+
+namespace {
+
+int g_isa = best_isa(kAvx512);
+
+const MergeBlocks& blocks() {
+#if defined(__x86_64__)
+  if (g_isa == kAvx512) return merge_blocks_avx512;
+  if (g_isa == kAvx2) return merge_blocks_avx2;
+#endif
+  return merge_blocks_base;
+}
+
+// fn(task, thread) for every task, tasks handed out in order
+template <typename F>
+void parallel_for(int64_t tasks, int threads, F&& fn) {
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
+  if (threads == 1) {
+    for (int64_t i = 0; i < tasks; ++i) fn(i, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  auto work = [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(i, thread);
+  };
+  std::vector<std::thread> team;
+  for (int t = 1; t < threads; ++t) team.emplace_back(work, t);
+  work(0);
+  for (auto& member : team) member.join();
+}
+
+int64_t item_size(int32_t dtype) { return dtype == M2RL_F32 ? 4 : 2; }
+
+float load_one(const void* base, int32_t dtype, int64_t i) {
+  if (dtype == M2RL_F32) {
+    float x;
+    std::memcpy(&x, static_cast<const char*>(base) + 4 * i, 4);
+    return x;
+  }
+  uint16_t h;
+  std::memcpy(&h, static_cast<const char*>(base) + 2 * i, 2);
+  return dtype == M2RL_BF16 ? from_bf16(h) : from_f16(h);
+}
+
+float round_to(float x, int32_t dtype) {
+  return dtype == M2RL_BF16 ? from_bf16(to_bf16(x)) : dtype == M2RL_F16 ? from_f16(to_f16(x)) : x;
+}
+
+struct Chunk {
+  int64_t tensor, begin, end;
+};
+
+std::vector<Chunk> cut_chunks(const M2rlTensors& in, int64_t first, int64_t last, int64_t chunk, bool whole_rows) {
+  std::vector<Chunk> chunks;
+  for (int64_t t = first; t < last; ++t) {
+    int64_t step = chunk;
+    if (whole_rows) {  // four rows at a time, so that chunks start on 8-byte words
+      const int64_t rows = std::max<int64_t>(1, in.row[t]) * 4;
+      step = std::max<int64_t>(1, chunk / rows) * rows;
+    }
+    for (int64_t i = 0; i < in.numel[t]; i += step) chunks.push_back({t, i, std::min(i + step, in.numel[t])});
+  }
+  return chunks;
+}
+
+void add(int64_t* counter, int64_t value) {
+  if (counter != nullptr && value != 0) __atomic_fetch_add(counter, value, __ATOMIC_RELAXED);
+}
+
+bool ranked(const M2rlRule* rule) { return rule != nullptr && (rule->filter & M2RL_RANDOM) && rule->spread != nullptr; }
+
+// One thread's block: the base and the K filtered deltas, all in float32.
+class Prepared {
+ public:
+  Prepared(const M2rlTensors& in, const M2rlRule* rule, const MergeBlocks& ops)
+      : in_(in), rule_(rule), ops_(ops), storage_(static_cast<size_t>(in.experts + 2) * (kBlock + 16)) {
+    for (int64_t k = 0; k < in.experts; ++k) d.push_back(storage_.data() + (k + 2) * (kBlock + 16));
+    b = storage_.data();
+    v = storage_.data() + (kBlock + 16);
+  }
+
+  // DELLA: decide a chunk's mask row by row, before its blocks are visited.
+  void rank_rows(const Chunk& c) {
+    const int64_t t = c.tensor, size = c.end - c.begin, row = std::max<int64_t>(1, in_.row[t]);
+    mask_.resize(static_cast<size_t>(in_.experts * size));
+    order_.resize(static_cast<size_t>(std::min(row, size)));
+    for (int64_t k = 0; k < in_.experts; ++k) {
+      const double p = rule_->keep[t * in_.experts + k], spread = rule_->spread[t * in_.experts + k];
+      for (int64_t at = 0; at < size; at += row) {
+        const int64_t n = std::min(row, size - at);
+        for (int64_t i = 0; i < n; ++i) {
+          int64_t g = c.begin + at + i;
+          float x = load_one(in_.expert[t * in_.experts + k], in_.expert_dtype[t * in_.experts + k], g);
+          float delta = round_to(x - load_one(in_.base[t], in_.base_dtype[t], g), rule_->round);
+          order_[i] = static_cast<uint64_t>(magnitude_key(delta)) << 32 | static_cast<uint32_t>(i);
+        }
+        std::sort(order_.begin(), order_.begin() + n);  // equal magnitudes: lower index, lower rank
+        for (int64_t rank = 0; rank < n; ++rank) {
+          int64_t i = static_cast<int64_t>(order_[rank] & 0xffffffffu);
+          double chance = n == 1 ? p : p - spread + 2.0 * spread * static_cast<double>(rank) / static_cast<double>(n - 1);
+          uint64_t bar = static_cast<uint64_t>(std::llrint(chance * 4294967296.0));
+          uint64_t index = static_cast<uint64_t>(in_.offset[t] + c.begin + at + i);
+          bool keep = p >= 1.0 || keep_element(index, rule_->expert_id[k], rule_->random_key[t], bar);
+          mask_[static_cast<size_t>(k * size + at + i)] = !keep ? 0.0f : rule_->inverse_keep && p < 1.0 ? static_cast<float>(1.0 / chance) : 1.0f;
+        }
+      }
+    }
+    mask_begin_ = c.begin;
+    mask_size_ = size;
+  }
+
+  // Load elements [i, i + n) of tensor t and apply the filters named in `filter`.
+  void load(int64_t t, int64_t i, int n, int filter, const M2rlReport* report, double* abs_before = nullptr, double* abs_after = nullptr) {
+    const int64_t K = in_.experts;
+    const int round = rule_ == nullptr ? static_cast<int>(M2RL_F32) : rule_->round;
+    const bool has_base = in_.base != nullptr && in_.base[t] != nullptr;
+    auto count = [&](int64_t who, int64_t bad) {
+      if (report != nullptr && report->nonfinite != nullptr) add(report->nonfinite + t * (K + 1) + who, bad);
+    };
+    if (has_base) {
+      const char* from = static_cast<const char*>(in_.base[t]) + i * item_size(in_.base_dtype[t]);
+      count(0, ops_.load(from, in_.base_dtype[t], n, b));
+      checksum(report, t, 0, from, in_.base_dtype[t], i, n);
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t e = t * K + k;
+      const char* from = static_cast<const char*>(in_.expert[e]) + i * item_size(in_.expert_dtype[e]);
+      count(k + 1, has_base ? ops_.load_delta(from, in_.expert_dtype[e], n, b, round, d[k]) : ops_.load(from, in_.expert_dtype[e], n, d[k]));
+      checksum(report, t, k + 1, from, in_.expert_dtype[e], i, n);
+      if (report != nullptr && report->nonzero != nullptr && has_base) add(report->nonzero + e, ops_.count_nonzero(d[k], n));
+      if (abs_before != nullptr) ops_.sum_abs(d[k], n, abs_before + k * kLanes);
+      if (filter & M2RL_RANDOM) {
+        if (rule_->spread != nullptr) {
+          ops_.keep_factors(d[k], n, mask_.data() + k * mask_size_ + (i - mask_begin_));
+        } else if (rule_->keep[e] < 1.0) {
+          uint64_t bar = static_cast<uint64_t>(std::llrint(rule_->keep[e] * 4294967296.0));
+          ops_.keep_random(d[k], n, static_cast<uint64_t>(in_.offset[t] + i), rule_->expert_id[k], rule_->random_key[t], bar);
+        }
+      }
+      if (filter & M2RL_MAGNITUDE) {
+        topk(d[k], nullptr, n, i, rule_->low_key[e], rule_->low_cut[e], false);
+        if (rule_->high_key != nullptr) topk(d[k], nullptr, n, i, rule_->high_key[e], rule_->high_cut[e], true);
+      }
+      if (abs_after != nullptr) ops_.sum_abs(d[k], n, abs_after + k * kLanes);
+      if ((filter & M2RL_SCALE) && rule_->scale[e] != 1.0f) ops_.scale(d[k], n, rule_->scale[e], round);
+    }
+    if (filter & M2RL_VARIANCE) {
+      ops_.variance(v, d.data(), static_cast<int>(K), n);
+      for (int64_t k = 0; k < K; ++k) topk(d[k], v, n, i, rule_->variance_key[t], rule_->variance_cut[t], false);
+    }
+  }
+
+  void checksum(const M2rlReport* report, int64_t t, int64_t who, const void* from, int32_t dtype, int64_t i, int64_t n) const {
+    if (report == nullptr || report->checksum == nullptr) return;
+    const int64_t size = item_size(dtype);  // blocks start at multiples of 1024 elements, hence of 8 bytes
+    uint64_t part = ops_.checksum(from, n * size, static_cast<uint64_t>(i * size / 8));
+    __atomic_fetch_add(report->checksum + t * (in_.experts + 2) + who, part, __ATOMIC_RELAXED);
+  }
+
+  float* b;                // the base
+  float* v;                // scratch: variance over experts
+  std::vector<float*> d;   // the deltas (the experts themselves where there is no base)
+
+ private:
+  // Before the cut ties are kept, after it they are not: at most two ranges with one threshold each.
+  void topk(float* x, const float* key, int n, int64_t i, uint32_t threshold, int64_t cut, bool invert) const {
+    int head = static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(n, cut - i + 1)));
+    auto range = [&](int from, int size, uint32_t bar) {
+      if (size <= 0) return;
+      if (key != nullptr) ops_.keep_where(x + from, key + from, size, bar);
+      else ops_.keep_above(x + from, size, bar, invert);
+    };
+    range(0, head, threshold);
+    range(head, n - head, threshold == 0xffffffffu ? threshold : threshold + 1);
+  }
+
+  const M2rlTensors& in_;
+  const M2rlRule* rule_;
+  const MergeBlocks& ops_;
+  std::vector<float> storage_;
+  std::vector<float> mask_;
+  std::vector<uint64_t> order_;
+  int64_t mask_begin_ = 0, mask_size_ = 0;
+};
+
+// ---- select ----
+
+// One list's search for its rank-th largest key.
+struct Search {
+  int64_t list, slot, rank;             // which keys; where the answer goes; how many to keep
+  uint32_t lo = 0, hi = 0x7fffffffu;    // the bracket
+  bool store = true, done = false;
+  int64_t above = 0, inside = 0;
+  std::vector<int64_t> chunk_inside;    // per chunk: how many keys lie in the bracket,
+  std::vector<int64_t> chunk_at;        // where they were stored in the thread's buffer,
+  std::vector<int32_t> chunk_thread;    // and whose buffer
+  std::vector<std::vector<uint32_t>> stored;  // per thread
+};
+
+class Selector {
+ public:
+  Selector(const M2rlTensors& in, const M2rlRule* rule, const M2rlSelect& want, const M2rlReport* report, int64_t chunk)
+      : in_(in), rule_(rule), want_(want), report_(report), chunk_(chunk), ops_(blocks()),
+        lists_(want.key == 0 ? in.experts : 1), filter_(rule == nullptr ? 0 : rule->filter & (M2RL_RANDOM | M2RL_SCALE)) {}
+
+  void group(int64_t g, int threads) {
+    first_ = want_.start[g], last_ = want_.start[g + 1];
+    base_.assign(1, 0);
+    for (int64_t t = first_; t < last_; ++t) base_.push_back(base_.back() + in_.numel[t]);
+    total_ = base_.back();
+    chunks_ = cut_chunks(in_, first_, last_, chunk_, ranked(rule_));
+    std::vector<Search> searches;
+    for (int64_t l = 0; l < lists_; ++l)
+      for (int64_t r = 0; r < want_.ranks; ++r) {
+        int64_t slot = (g * lists_ + l) * want_.ranks + r, rank = want_.rank[slot];
+        if (rank <= 0) answer(slot, 0xffffffffu, -1, 0, 0);
+        else if (rank >= total_) answer(slot, 0, total_ - 1, -1, -1);
+        else {
+          searches.emplace_back();
+          searches.back().list = l, searches.back().slot = slot, searches.back().rank = rank;
+        }
+      }
+    if (searches.empty()) return;
+    if (total_ > kWhole) guess(searches);
+    std::vector<Search*> active;
+    for (auto& s : searches) active.push_back(&s);
+    scan(active, threads, report_);
+    for (auto& s : searches) {
+      if (!settle(s)) {
+        refine(s, threads);
+        scan({&s}, threads, nullptr);
+        settle(s);
+      }
+      s.stored.clear();
+    }
+  }
+
+ private:
+  static constexpr int64_t kWhole = 4096;  // up to here every key is stored and no sample is needed
+
+  void answer(int64_t slot, uint32_t threshold, int64_t cut, int64_t above, int64_t equal) const {
+    want_.threshold[slot] = threshold, want_.cut[slot] = cut;
+    if (want_.above != nullptr) want_.above[slot] = above;
+    if (want_.equal != nullptr) want_.equal[slot] = equal;
+  }
+
+  // Bracket each rank by 4 standard deviations of a stratified sample.
+  void guess(std::vector<Search>& searches) const {
+    const int64_t m = std::min<int64_t>(int64_t{1} << 20, std::max<int64_t>(2048, total_ / 128));
+    std::vector<std::vector<uint32_t>> keys(static_cast<size_t>(lists_));
+    for (auto& list : keys) list.reserve(static_cast<size_t>(m));
+    std::vector<float> d(static_cast<size_t>(in_.experts));
+    int64_t t = first_;
+    for (int64_t j = 0; j < m; ++j) {
+      // position j of m strata, jittered inside its stratum by a fixed hash
+      uint64_t jitter = (static_cast<uint64_t>(j) * 0x9E3779B97F4A7C15ull) >> 40;
+      int64_t lo = static_cast<int64_t>(static_cast<double>(total_) * (static_cast<double>(j) / static_cast<double>(m)));
+      int64_t width = std::max<int64_t>(1, total_ / m);
+      int64_t at = std::min(total_ - 1, lo + static_cast<int64_t>(jitter % static_cast<uint64_t>(width)));
+      while (at >= base_[static_cast<size_t>(t - first_ + 1)]) ++t;
+      while (at < base_[static_cast<size_t>(t - first_)]) --t;
+      sample(t, at - base_[static_cast<size_t>(t - first_)], d);
+      if (want_.key == 0) {
+        for (int64_t l = 0; l < lists_; ++l) keys[static_cast<size_t>(l)].push_back(magnitude_key(d[static_cast<size_t>(l)]));
+      } else {
+        float v;
+        std::vector<const float*> pointers;
+        for (auto& x : d) pointers.push_back(&x);
+        ops_.variance(&v, pointers.data(), static_cast<int>(in_.experts), 1);
+        keys[0].push_back(magnitude_key(v));
+      }
+    }
+    for (auto& list : keys) std::sort(list.begin(), list.end(), std::greater<uint32_t>());
+    for (auto& s : searches) {
+      const auto& list = keys[static_cast<size_t>(s.list)];
+      const double share = static_cast<double>(s.rank) / static_cast<double>(total_), size = static_cast<double>(m);
+      const double centre = share * size, slack = 4.0 * std::sqrt(size * share * (1.0 - share)) + 3.0;
+      const int64_t from = static_cast<int64_t>(std::floor(centre - slack)), upto = static_cast<int64_t>(std::ceil(centre + slack));
+      s.hi = from < 0 ? 0x7fffffffu : list[static_cast<size_t>(from)];
+      s.lo = upto >= m ? 0 : list[static_cast<size_t>(upto)];
+      s.store = s.lo != s.hi;  // one heavy value: counting is enough
+    }
+  }
+
+  // One element of every expert. Random masks matter little for a guess: a dropped element counts as zero.
+  void sample(int64_t t, int64_t i, std::vector<float>& d) const {
+    const int64_t K = in_.experts;
+    const float b = load_one(in_.base[t], in_.base_dtype[t], i);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t e = t * K + k;
+      float x = round_to(load_one(in_.expert[e], in_.expert_dtype[e], i) - b, rule_ == nullptr ? static_cast<int32_t>(M2RL_F32) : rule_->round);
+      if ((filter_ & M2RL_RANDOM) && rule_->spread == nullptr && rule_->keep[e] < 1.0) {
+        uint64_t bar = static_cast<uint64_t>(std::llrint(rule_->keep[e] * 4294967296.0));
+        if (!keep_element(static_cast<uint64_t>(in_.offset[t] + i), rule_->expert_id[k], rule_->random_key[t], bar)) x = 0.0f;
+      }
+      if (filter_ & M2RL_SCALE) x = round_to(x * rule_->scale[e], rule_->round);
+      d[static_cast<size_t>(k)] = x;
+    }
+  }
+
+  const float* keys_of(Prepared& block, int64_t list, int n) const {
+    if (want_.key == 0) return block.d[static_cast<size_t>(list)];
+    ops_.variance(block.v, block.d.data(), static_cast<int>(in_.experts), n);
+    return block.v;
+  }
+
+  std::vector<std::unique_ptr<Prepared>> teams(int threads) const {
+    std::vector<std::unique_ptr<Prepared>> all;
+    for (int i = 0; i < std::max(1, threads); ++i) all.push_back(std::make_unique<Prepared>(in_, rule_, ops_));
+    return all;
+  }
+
+  template <typename F>
+  void each_block(int threads, const M2rlReport* report, F&& fn) const {
+    auto team = teams(threads);
+    parallel_for(static_cast<int64_t>(chunks_.size()), threads, [&](int64_t c, int thread) {
+      Prepared& block = *team[static_cast<size_t>(thread)];
+      const Chunk& chunk = chunks_[static_cast<size_t>(c)];
+      if (ranked(rule_)) block.rank_rows(chunk);
+      for (int64_t i = chunk.begin; i < chunk.end; i += kBlock) {
+        int n = static_cast<int>(std::min<int64_t>(kBlock, chunk.end - i));
+        block.load(chunk.tensor, i, n, filter_, report);
+        fn(block, c, thread, i, n);
+      }
+    });
+  }
+
+  // One pass: per search, count above and inside the bracket, and store the inside unless that is too much.
+  void scan(const std::vector<Search*>& searches, int threads, const M2rlReport* report) const {
+    const int64_t room = std::max<int64_t>(2 * kWhole, std::min<int64_t>(total_ / 8, int64_t{1} << 24));
+    std::vector<std::atomic<int64_t>> held(searches.size());
+    std::vector<int64_t> above(searches.size() * static_cast<size_t>(threads) * 8, 0);  // padded: one cache line per counter
+    for (auto* s : searches) {
+      s->above = s->inside = 0;
+      s->chunk_inside.assign(chunks_.size(), 0);
+      s->chunk_at.assign(chunks_.size(), 0);
+      s->chunk_thread.assign(chunks_.size(), 0);
+      s->stored.assign(static_cast<size_t>(threads), {});
+    }
+    std::vector<std::vector<uint32_t>> scratch(static_cast<size_t>(threads), std::vector<uint32_t>(kBlock + 32));
+    each_block(threads, report, [&](Prepared& block, int64_t c, int thread, int64_t i, int n) {
+      const float* keys = nullptr;
+      int64_t list = -1;
+      for (size_t j = 0; j < searches.size(); ++j) {
+        Search& s = *searches[j];
+        if (s.list != list) keys = keys_of(block, s.list, n), list = s.list;
+        const bool store = s.store && held[j].load(std::memory_order_relaxed) <= room;
+        auto& mine = s.stored[static_cast<size_t>(thread)];
+        if (i == chunks_[static_cast<size_t>(c)].begin) {
+          s.chunk_at[static_cast<size_t>(c)] = static_cast<int64_t>(mine.size());
+          s.chunk_thread[static_cast<size_t>(c)] = thread;
+        }
+        int64_t in = 0;
+        uint32_t* out = scratch[static_cast<size_t>(thread)].data();
+        ops_.bracket(keys, n, s.lo, s.hi, store ? out : nullptr, &above[(j * static_cast<size_t>(threads) + static_cast<size_t>(thread)) * 8], &in);
+        if (store && in != 0) {
+          mine.insert(mine.end(), out, out + in);
+          held[j].fetch_add(in, std::memory_order_relaxed);
+        }
+        s.chunk_inside[static_cast<size_t>(c)] += in;
+      }
+    });
+    for (size_t j = 0; j < searches.size(); ++j) {
+      for (int t = 0; t < threads; ++t) searches[j]->above += above[(j * static_cast<size_t>(threads) + static_cast<size_t>(t)) * 8];
+      for (int64_t in : searches[j]->chunk_inside) searches[j]->inside += in;
+    }
+  }
+
+  // From a scan to the answer; false if the bracket missed or not all of it was stored.
+  bool settle(Search& s) const {
+    if (s.rank <= s.above || s.rank > s.above + s.inside) {
+      // the answer lies on a known side of the bracket
+      if (s.rank <= s.above) s.lo = s.hi + 1, s.hi = 0x7fffffffu, s.above = 0;
+      else s.above += s.inside, s.hi = s.lo - 1, s.lo = 0;
+      return false;
+    }
+    uint32_t threshold = s.lo;
+    int64_t above = s.above, equal = s.inside;
+    if (s.lo != s.hi) {
+      std::vector<uint32_t> all;
+      for (auto& part : s.stored) all.insert(all.end(), part.begin(), part.end());
+      if (static_cast<int64_t>(all.size()) != s.inside) return false;
+      auto nth = all.begin() + (s.rank - s.above - 1);
+      std::nth_element(all.begin(), nth, all.end(), std::greater<uint32_t>());
+      threshold = *nth;
+      equal = 0;
+      for (uint32_t key : all) above += key > threshold, equal += key == threshold;
+    }
+    int64_t quota = s.rank - above, cut = total_ - 1;
+    if (quota < equal) cut = find_cut(s, threshold, quota);
+    answer(s.slot, threshold, cut, above, equal);
+    return true;
+  }
+
+  // Flat index of the quota-th key equal to the threshold, lowest index first.
+  int64_t find_cut(const Search& s, uint32_t threshold, int64_t quota) const {
+    for (size_t c = 0; c < chunks_.size(); ++c) {
+      int64_t ties = 0;
+      if (s.lo == s.hi) {
+        ties = s.chunk_inside[c];
+      } else {
+        const uint32_t* keys = s.stored[static_cast<size_t>(s.chunk_thread[c])].data() + s.chunk_at[c];
+        for (int64_t j = 0; j < s.chunk_inside[c]; ++j) ties += keys[j] == threshold;
+      }
+      if (quota > ties) {
+        quota -= ties;
+        continue;
+      }
+      Prepared block(in_, rule_, ops_);
+      const Chunk& chunk = chunks_[c];
+      if (ranked(rule_)) block.rank_rows(chunk);
+      for (int64_t i = chunk.begin; i < chunk.end; i += kBlock) {
+        int n = static_cast<int>(std::min<int64_t>(kBlock, chunk.end - i));
+        block.load(chunk.tensor, i, n, filter_, nullptr);
+        const float* keys = keys_of(block, s.list, n);
+        for (int j = 0; j < n; ++j)
+          if (magnitude_key(keys[j]) == threshold && --quota == 0) return base_[static_cast<size_t>(chunk.tensor - first_)] + i + j;
+      }
+    }
+    return total_ - 1;
+  }
+
+  // Narrow [lo, hi], of which `above` keys lie beyond, to one value: 65536 bins per pass.
+  void refine(Search& s, int threads) const {
+    constexpr uint64_t kBins = 65536;
+    while (s.lo != s.hi) {
+      const uint64_t span = static_cast<uint64_t>(s.hi) - s.lo + 1, width = (span + kBins - 1) / kBins;
+      std::vector<std::vector<int64_t>> bins(static_cast<size_t>(threads), std::vector<int64_t>(kBins, 0));
+      std::vector<std::vector<uint32_t>> scratch(static_cast<size_t>(threads), std::vector<uint32_t>(kBlock + 32));
+      each_block(threads, nullptr, [&](Prepared& block, int64_t, int thread, int64_t, int n) {
+        auto& mine = bins[static_cast<size_t>(thread)];
+        uint32_t* inside = scratch[static_cast<size_t>(thread)].data();
+        int64_t above = 0, in = 0;
+        ops_.bracket(keys_of(block, s.list, n), n, s.lo, s.hi, inside, &above, &in);
+        if (width == 1) for (int64_t j = 0; j < in; ++j) ++mine[inside[j] - s.lo];
+        else for (int64_t j = 0; j < in; ++j) ++mine[(inside[j] - s.lo) / width];
+      });
+      int64_t above = s.above;
+      for (uint64_t bin = kBins; bin-- > 0;) {
+        int64_t count = 0;
+        for (auto& mine : bins) count += mine[bin];
+        if (above + count >= s.rank) {
+          uint32_t lo = s.lo + static_cast<uint32_t>(bin * width);
+          uint64_t hi = static_cast<uint64_t>(lo) + width - 1;
+          s.hi = hi < s.hi ? static_cast<uint32_t>(hi) : s.hi;
+          s.lo = lo;
+          break;
+        }
+        above += count;
+      }
+      s.above = above;
+    }
+    s.store = false;
+  }
+
+  const M2rlTensors& in_;
+  const M2rlRule* rule_;
+  const M2rlSelect& want_;
+  const M2rlReport* report_;
+  const int64_t chunk_;
+  const MergeBlocks& ops_;
+  const int64_t lists_;
+  const int filter_;
+  int64_t first_ = 0, last_ = 0, total_ = 0;
+  std::vector<int64_t> base_;  // flat index in the group where each tensor starts
+  std::vector<Chunk> chunks_;
+};
+
+double sum_lanes(const double* lanes) {
+  double total = 0.0;
+  for (int q = 0; q < kLanes; ++q) total += lanes[q];
+  return total;
+}
+
+int64_t block_multiple(int64_t chunk) { return std::max<int64_t>(kBlock, (chunk + kBlock - 1) / kBlock * kBlock); }
+
+}  // namespace
+
+int32_t m2rl_merge_isa_limit(int32_t limit) { return g_isa = best_isa(limit); }
+
+int32_t m2rl_merge_select(const M2rlTensors* in, const M2rlRule* rule, const M2rlSelect* want, const M2rlReport* report, int64_t chunk,
+                          int32_t threads) {
+  chunk = block_multiple(chunk);
+  // Small groups are one task each; large ones get the whole team.
+  std::vector<int64_t> small, large;
+  for (int64_t g = 0; g < want->groups; ++g) {
+    int64_t total = 0;
+    for (int64_t t = want->start[g]; t < want->start[g + 1]; ++t) total += in->numel[t];
+    (total <= 2 * chunk ? small : large).push_back(g);
+  }
+  parallel_for(static_cast<int64_t>(small.size()), threads, [&](int64_t i, int) {
+    Selector(*in, rule, *want, report, chunk).group(small[static_cast<size_t>(i)], 1);
+  });
+  for (int64_t g : large) Selector(*in, rule, *want, report, chunk).group(g, threads);
+  return 0;
+}
+
+int32_t m2rl_merge_sums(const M2rlTensors* in, const M2rlRule* rule, const M2rlSums* want, const M2rlReport* report, int64_t chunk,
+                        int32_t threads) {
+  const MergeBlocks& ops = blocks();
+  const int64_t K = in->experts, T = in->tensors;
+  const auto chunks = cut_chunks(*in, 0, T, block_multiple(chunk), ranked(rule));
+  const int filter = rule == nullptr ? 0 : rule->filter;
+  const bool norms = want->abs_before != nullptr || want->abs_after != nullptr;
+  // Per chunk: K sums before, K after, K squares, K*K products.
+  const size_t width = static_cast<size_t>(3 * K + (want->gram != nullptr ? K * K : 0));
+  std::vector<double> partial(chunks.size() * width, 0.0);
+  std::vector<std::unique_ptr<Prepared>> team;
+  std::vector<std::vector<double>> lanes(static_cast<size_t>(std::max(1, threads)), std::vector<double>(width * kLanes));
+  std::vector<std::vector<float>> room(static_cast<size_t>(std::max(1, threads)), std::vector<float>(2 * kBlock));
+  for (int i = 0; i < std::max(1, threads); ++i) team.push_back(std::make_unique<Prepared>(*in, rule, ops));
+  parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t c, int thread) {
+    const Chunk& part = chunks[static_cast<size_t>(c)];
+    const int64_t t = part.tensor;
+    Prepared& block = *team[static_cast<size_t>(thread)];
+    auto& lane = lanes[static_cast<size_t>(thread)];
+    std::fill(lane.begin(), lane.end(), 0.0);
+    double* before = lane.data();
+    double* after = before + K * kLanes;
+    double* square = after + K * kLanes;
+    double* gram = square + K * kLanes;
+    float* s = room[static_cast<size_t>(thread)].data();
+    int64_t sign = 0, varied = 0;
+    std::vector<int64_t> unique(static_cast<size_t>(K), 0), shared(static_cast<size_t>(K), 0);
+    if (ranked(rule)) block.rank_rows(part);
+    for (int64_t i = part.begin; i < part.end; i += kBlock) {
+      int n = static_cast<int>(std::min<int64_t>(kBlock, part.end - i));
+      block.load(t, i, n, filter, report, norms ? before : nullptr, norms ? after : nullptr);
+      for (int64_t k = 0; k < K; ++k) {
+        if (want->square != nullptr) ops.sum_product(block.d[k], block.d[k], n, square + k * kLanes);
+        if (want->gram != nullptr)
+          for (int64_t j = 0; j <= k; ++j) ops.sum_product(block.d[k], block.d[j], n, gram + (k * K + j) * kLanes);
+      }
+      if (want->variance_nonzero != nullptr) {
+        ops.variance(block.v, block.d.data(), static_cast<int>(K), n);
+        varied += ops.count_nonzero(block.v, n);
+      }
+      if (want->sign != nullptr) {
+        std::fill(s, s + n, 0.0f);
+        for (int64_t k = 0; k < K; ++k) ops.accumulate(s, block.d[k], n, rule->elect[t * K + k], rule->round);
+        sign += ops.sum_sign(s, n);
+      }
+      if (want->unique != nullptr)
+        ops.ram(s, block.d.data(), static_cast<int>(K), n, rule->epsilon, rule->scale + t * K, rule->weight + t * K, unique.data(), shared.data());
+    }
+    for (size_t w = 0; w < width; ++w) partial[static_cast<size_t>(c) * width + w] = sum_lanes(lane.data() + w * kLanes);
+    if (want->sign != nullptr) add(want->sign + t, sign);
+    if (want->variance_nonzero != nullptr) add(want->variance_nonzero + t, varied);
+    for (int64_t k = 0; want->unique != nullptr && k < K; ++k) {
+      add(want->unique + t * K + k, unique[static_cast<size_t>(k)]);
+      add(want->shared + t * K + k, shared[static_cast<size_t>(k)]);
+    }
+  });
+  for (size_t c = 0; c < chunks.size(); ++c) {  // chunk order: the same sum for any number of threads
+    const double* p = partial.data() + c * width;
+    const int64_t t = chunks[c].tensor;
+    for (int64_t k = 0; k < K; ++k) {
+      if (want->abs_before != nullptr) want->abs_before[t * K + k] += p[k];
+      if (want->abs_after != nullptr) want->abs_after[t * K + k] += p[K + k];
+      if (want->square != nullptr) want->square[t * K + k] += p[2 * K + k];
+      for (int64_t j = 0; want->gram != nullptr && j <= k; ++j) {
+        want->gram[(t * K + k) * K + j] += p[3 * K + k * K + j];
+        if (j != k) want->gram[(t * K + j) * K + k] += p[3 * K + k * K + j];
+      }
+    }
+  }
+  return 0;
+}
+
+int32_t m2rl_merge_apply(const M2rlTensors* in, const M2rlRule* rule, const M2rlOutput* out, const M2rlReport* report, int64_t chunk,
+                         int32_t threads) {
+  const MergeBlocks& ops = blocks();
+  const int64_t K = in->experts, T = in->tensors;
+  const auto chunks = cut_chunks(*in, 0, T, block_multiple(chunk), ranked(rule));
+  std::atomic<int32_t> failure{0};
+  struct Room {
+    std::unique_ptr<Prepared> block;
+    std::vector<float> num, den, sign;
+    std::vector<char> bytes;
+    std::vector<int64_t> unique, shared;
+  };
+  std::vector<Room> rooms(static_cast<size_t>(std::max(1, threads)));
+  for (auto& room : rooms) {
+    room.block = std::make_unique<Prepared>(*in, rule, ops);
+    room.num.resize(kBlock), room.den.resize(kBlock), room.sign.resize(kBlock);
+    room.unique.resize(static_cast<size_t>(K)), room.shared.resize(static_cast<size_t>(K));
+  }
+  parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t c, int thread) {
+    if (failure.load(std::memory_order_relaxed) != 0) return;
+    const Chunk& part = chunks[static_cast<size_t>(c)];
+    const int64_t t = part.tensor;
+    const int round = rule->round;
+    const float* weight = rule->weight + t * K;
+    Room& room = rooms[static_cast<size_t>(thread)];
+    Prepared& block = *room.block;
+    float *num = room.num.data(), *den = room.den.data(), *sign = room.sign.data();
+    const int64_t size = item_size(out->dtype[t]);
+    const bool to_memory = out->address != nullptr;
+    if (!to_memory) room.bytes.resize(static_cast<size_t>((part.end - part.begin) * size));
+    char* target = to_memory ? static_cast<char*>(out->address[t]) + part.begin * size : room.bytes.data();
+    int64_t overflow = 0, changed = 0;
+    if (ranked(rule)) block.rank_rows(part);
+    for (int64_t i = part.begin; i < part.end; i += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, part.end - i));
+      block.load(t, i, n, rule->filter, report);
+      std::fill(num, num + n, 0.0f);
+      if (rule->combine == M2RL_ELECT) {
+        std::fill(sign, sign + n, 0.0f);
+        std::fill(den, den + n, 0.0f);
+        for (int64_t k = 0; k < K; ++k) ops.accumulate(sign, block.d[k], n, rule->elect[t * K + k], round);
+        ops.sign(sign, n, rule->zero_sign[t]);
+        for (int64_t k = 0; k < K; ++k) ops.agree(num, den, block.d[k], sign, n, weight[k], round);
+        if (rule->normalize) ops.divide(num, den, n, rule->den_floor, rule->den_substitute, round);
+      } else if (rule->combine == M2RL_RAM) {
+        ops.ram(num, block.d.data(), static_cast<int>(K), n, rule->epsilon, rule->scale + t * K, weight, room.unique.data(), room.shared.data());
+      } else {
+        for (int64_t k = 0; k < K; ++k) ops.accumulate(num, block.d[k], n, weight[k], round);
+        if (rule->normalize) {
+          std::fill(den, den + n, rule->divisor[t]);
+          ops.divide(num, den, n, 0.0f, 1.0f, round);
+        }
+      }
+      if (rule->combine != M2RL_LINEAR) ops.finish(num, num, block.b, n, rule->lambda[t], round);
+      char* here = target + (i - part.begin) * size;
+      overflow += ops.store(num, n, out->dtype[t], here);
+      if (report != nullptr && report->checksum != nullptr) block.checksum(report, t, K + 1, here, out->dtype[t], i, n);
+      if (report != nullptr && report->changed != nullptr && in->base != nullptr && in->base[t] != nullptr) {
+        ops.load(here, out->dtype[t], n, den);
+        for (int j = 0; j < n; ++j) changed += den[j] != block.b[j];
+      }
+    }
+    if (report != nullptr && report->overflow != nullptr) add(report->overflow + t, overflow);
+    if (report != nullptr && report->changed != nullptr) add(report->changed + t, changed);
+    if (!to_memory) {
+      int64_t at = out->position[t] + part.begin * size, left = (part.end - part.begin) * size;
+      for (const char* from = target; left > 0;) {
+        ssize_t written = pwrite(out->file[t], from, static_cast<size_t>(left), at);
+        if (written < 0 && errno == EINTR) continue;
+        if (written <= 0) {
+          failure.store(written < 0 ? errno : EIO);
+          return;
+        }
+        from += written, at += written, left -= written;
+      }
+    }
+  });
+  return failure.load();
+}
+
+uint64_t m2rl_merge_checksum(const void* bytes, int64_t size, int32_t threads) {
+  const int64_t step = int64_t{1} << 20, parts = (size + step - 1) / step;
+  std::atomic<uint64_t> total{0};
+  parallel_for(parts, threads, [&](int64_t p, int) {
+    total += blocks().checksum(static_cast<const char*>(bytes) + p * step, std::min(step, size - p * step), static_cast<uint64_t>(p * step / 8));
+  });
+  return total.load();
+}

@@ -1,0 +1,387 @@
+// Compiled once per instruction set (see CMakeLists.txt). Plain loops that the compiler vectorises, except bracket().
+#include <cstdint>
+#include <cstring>
+#if defined(M2RL_ISA_avx2) || defined(M2RL_ISA_avx512)
+#include <immintrin.h>
+#endif
+
+#include "merge_blocks.h"
+#include "ops.h"
+#include "radix.h"
+
+namespace m2rl {
+namespace {
+
+template <typename T>
+inline T load_word(const void* base, int i) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(base) + static_cast<int64_t>(i) * sizeof(T), sizeof(T));
+  return value;
+}
+
+struct F32 {
+  using Word = uint32_t;
+  static constexpr uint32_t kInf = 0x7f800000u, kMagnitude = 0x7fffffffu;
+  static float to_float(uint32_t w) { return bits_float(w); }
+  static uint32_t from_float(float x) { return float_bits(x); }
+};
+struct Bf16 {
+  using Word = uint16_t;
+  static constexpr uint32_t kInf = 0x7f80u, kMagnitude = 0x7fffu;
+  static float to_float(uint16_t w) { return from_bf16(w); }
+  static uint16_t from_float(float x) { return to_bf16(x); }
+};
+struct F16 {
+  using Word = uint16_t;
+  static constexpr uint32_t kInf = 0x7c00u, kMagnitude = 0x7fffu;
+  static float to_float(uint16_t w) { return from_f16(w); }
+  static uint16_t from_float(float x) { return to_f16(x); }
+};
+
+template <typename R>
+inline float rounded(float x) {
+  return R::to_float(R::from_float(x));
+}
+template <>
+inline float rounded<F32>(float x) {
+  return x;
+}
+
+template <typename F>
+inline auto with_dtype(int dtype, F&& f) {
+  switch (dtype) {
+    case M2RL_BF16: return f(Bf16{});
+    case M2RL_F16: return f(F16{});
+    default: return f(F32{});
+  }
+}
+
+template <typename S>
+inline int64_t count_nonfinite(const void* src, int n) {
+  int64_t count = 0;
+  for (int i = 0; i < n; ++i) count += (load_word<typename S::Word>(src, i) & S::kMagnitude) >= S::kInf;
+  return count;
+}
+
+int64_t load(const void* src, int dtype, int n, float* __restrict dst) {
+  return with_dtype(dtype, [=](auto s) -> int64_t {
+    using S = decltype(s);
+    uint32_t largest = 0;
+    for (int i = 0; i < n; ++i) {
+      typename S::Word w = load_word<typename S::Word>(src, i);
+      uint32_t m = w & S::kMagnitude;
+      largest = largest > m ? largest : m;
+      dst[i] = S::to_float(w);
+    }
+    return largest >= S::kInf ? count_nonfinite<S>(src, n) : 0;
+  });
+}
+
+int64_t load_delta(const void* src, int dtype, int n, const float* __restrict b, int round, float* __restrict d) {
+  return with_dtype(dtype, [=](auto s) -> int64_t {
+    using S = decltype(s);
+    return with_dtype(round, [=](auto r) -> int64_t {
+      using R = decltype(r);
+      uint32_t largest = 0;
+      for (int i = 0; i < n; ++i) {
+        typename S::Word w = load_word<typename S::Word>(src, i);
+        uint32_t m = w & S::kMagnitude;
+        largest = largest > m ? largest : m;
+        d[i] = rounded<R>(S::to_float(w) - b[i]);
+      }
+      return largest >= S::kInf ? count_nonfinite<S>(src, n) : 0;
+    });
+  });
+}
+
+int64_t store(const float* __restrict v, int n, int dtype, void* dst) {
+  return with_dtype(dtype, [=](auto s) -> int64_t {
+    using S = decltype(s);
+    using Word = typename S::Word;
+    uint32_t largest = 0;
+    Word words[kBlock];
+    for (int i = 0; i < n; ++i) {
+      Word w = S::from_float(v[i]);
+      uint32_t m = w & S::kMagnitude;
+      largest = largest > m ? largest : m;
+      words[i] = w;
+    }
+    std::memcpy(dst, words, static_cast<size_t>(n) * sizeof(Word));
+    return largest >= S::kInf ? count_nonfinite<S>(words, n) : 0;
+  });
+}
+
+void bracket(const float* __restrict d, int n, uint32_t lo, uint32_t hi, uint32_t* inside, int64_t* above, int64_t* stored) {
+  int i = 0;
+  int64_t over = 0, in = 0;
+  if (inside == nullptr) {
+    uint32_t over_block = 0, in_block = 0;
+    for (i = 0; i < n; ++i) {
+      uint32_t key = magnitude_key(d[i]);
+      over_block += key > hi;
+      in_block += (key >= lo) & (key <= hi);
+    }
+    over = over_block, in = in_block;
+  } else {
+#if defined(M2RL_ISA_avx512)
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), low = _mm512_set1_epi32(static_cast<int>(lo)),
+                  high = _mm512_set1_epi32(static_cast<int>(hi));
+    for (; i + 16 <= n; i += 16) {
+      __m512i key = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(d + i)), magnitude);
+      __mmask16 m_over = _mm512_cmpgt_epu32_mask(key, high);
+      __mmask16 m_in = _mm512_mask_cmple_epu32_mask(_mm512_cmpge_epu32_mask(key, low), key, high);
+      // compress in the register, then a full store: the compressing store is microcoded on Zen 4
+      _mm512_storeu_si512(inside + in, _mm512_maskz_compress_epi32(m_in, key));
+      over += __builtin_popcount(m_over);
+      in += __builtin_popcount(m_in);
+    }
+#elif defined(M2RL_ISA_avx2)
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), below = _mm256_set1_epi32(static_cast<int>(lo) - 1),
+                  high = _mm256_set1_epi32(static_cast<int>(hi));  // keys are below 2^31, so signed comparison is exact
+    for (; i + 8 <= n; i += 8) {
+      __m256i key = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(d + i)), magnitude);
+      __m256i v_over = _mm256_cmpgt_epi32(key, high);
+      unsigned m_over = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(v_over)));
+      unsigned m_low = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below))));
+      over += __builtin_popcount(m_over);
+      for (unsigned m = m_low & ~m_over; m != 0; m &= m - 1) inside[in++] = magnitude_key(d[i + __builtin_ctz(m)]);
+    }
+#endif
+    for (; i < n; ++i) {
+      uint32_t key = magnitude_key(d[i]);
+      over += key > hi;
+      inside[in] = key;
+      in += (key >= lo) & (key <= hi);
+    }
+  }
+  *above += over;
+  *stored += in;
+}
+
+void keep_above(float* __restrict d, int n, uint32_t threshold, bool invert) {
+  if (invert) {
+    for (int i = 0; i < n; ++i) d[i] = magnitude_key(d[i]) >= threshold ? 0.0f : d[i];
+  } else {
+    for (int i = 0; i < n; ++i) d[i] = magnitude_key(d[i]) >= threshold ? d[i] : 0.0f;
+  }
+}
+
+void keep_where(float* __restrict d, const float* __restrict v, int n, uint32_t threshold) {
+  for (int i = 0; i < n; ++i) d[i] = magnitude_key(v[i]) >= threshold ? d[i] : 0.0f;
+}
+
+// Sixteen Philox blocks at once: counters c..c+15 are sixteen lanes of four word vectors.
+inline void philox16(uint64_t counter, uint32_t expert, uint32_t stream, uint64_t key, uint32_t (*__restrict out)[16]) {
+  uint32_t x0[16], x1[16], x2[16], x3[16];
+  for (int q = 0; q < 16; ++q) {
+    x0[q] = static_cast<uint32_t>(counter) + static_cast<uint32_t>(q);  // counter is a multiple of 16: no carry
+    x1[q] = static_cast<uint32_t>(counter >> 32);
+    x2[q] = expert;
+    x3[q] = stream;
+  }
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    for (int q = 0; q < 16; ++q) {
+      uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x0[q], p1 = static_cast<uint64_t>(kPhiloxM1) * x2[q];
+      uint32_t y0 = static_cast<uint32_t>(p1 >> 32) ^ x1[q] ^ k0, y2 = static_cast<uint32_t>(p0 >> 32) ^ x3[q] ^ k1;
+      x1[q] = static_cast<uint32_t>(p1);
+      x3[q] = static_cast<uint32_t>(p0);
+      x0[q] = y0;
+      x2[q] = y2;
+    }
+  }
+  std::memcpy(out[0], x0, 64);
+  std::memcpy(out[1], x1, 64);
+  std::memcpy(out[2], x2, 64);
+  std::memcpy(out[3], x3, 64);
+}
+
+void keep_random(float* d, int n, uint64_t index, uint32_t expert, uint64_t key, uint64_t threshold) {
+  const uint32_t bar = static_cast<uint32_t>(threshold >> 16), fine = static_cast<uint32_t>(threshold & 0xffffu);
+  for (int i = 0; i < n;) {
+    uint64_t span = (index + static_cast<uint64_t>(i)) >> 7;
+    int from = static_cast<int>((index + static_cast<uint64_t>(i)) & 127), upto = from + (n - i) < 128 ? from + (n - i) : 128;
+    uint32_t words[4][16];
+    philox16(span * 16, expert, 0, key, words);
+    float* at = d + i - from;
+    uint32_t tied = 0;
+    if (from == 0 && upto == 128) {
+      for (int lane = 0; lane < 8; ++lane) {
+        const uint32_t* word = words[lane & 3];
+        const int shift = lane < 4 ? 0 : 16;
+        float* __restrict row = at + 16 * lane;
+        for (int q = 0; q < 16; ++q) {
+          uint32_t draw = (word[q] >> shift) & 0xffffu;
+          tied |= draw == bar;
+          row[q] = draw <= bar ? row[q] : 0.0f;
+        }
+      }
+    } else {
+      for (int e = from; e < upto; ++e) {
+        uint32_t draw = (words[(e >> 4) & 3][e & 15] >> (e < 64 ? 0 : 16)) & 0xffffu;
+        tied |= draw == bar;
+        at[e] = draw <= bar ? at[e] : 0.0f;
+      }
+    }
+    if (tied) {  // 1 element in 65536: the low half decides
+      for (int e = from; e < upto; ++e) {
+        uint32_t draw = (words[(e >> 4) & 3][e & 15] >> (e < 64 ? 0 : 16)) & 0xffffu;
+        if (draw == bar && draw16(span * 128 + static_cast<uint64_t>(e), expert, 1, key) >= fine) at[e] = 0.0f;
+      }
+    }
+    i += upto - from;
+  }
+}
+
+void keep_factors(float* __restrict d, int n, const float* __restrict factor) {
+  for (int i = 0; i < n; ++i) d[i] = factor[i] != 0.0f ? d[i] * factor[i] : 0.0f;
+}
+
+void scale(float* __restrict d, int n, float factor, int round) {
+  with_dtype(round, [=](auto r) {
+    for (int i = 0; i < n; ++i) d[i] = rounded<decltype(r)>(d[i] * factor);
+  });
+}
+
+void accumulate(float* __restrict s, const float* __restrict d, int n, float w, int round) {
+  with_dtype(round, [=](auto r) {
+    for (int i = 0; i < n; ++i) s[i] += rounded<decltype(r)>(w * d[i]);
+  });
+}
+
+void sign(float* __restrict s, int n, int zero) {
+  const float z = static_cast<float>(zero);
+  for (int i = 0; i < n; ++i) s[i] = s[i] > 0.0f ? 1.0f : (s[i] < 0.0f ? -1.0f : z);
+}
+
+void agree(float* __restrict num, float* __restrict den, const float* __restrict d, const float* __restrict s, int n, float w,
+           int round) {
+  with_dtype(round, [=](auto r) {
+    for (int i = 0; i < n; ++i) {
+      bool same = d[i] * s[i] > 0.0f;  // s is +1, -1 or 0: the product is exact
+      num[i] += same ? rounded<decltype(r)>(w * d[i]) : 0.0f;
+      den[i] += same ? w : 0.0f;
+    }
+  });
+}
+
+void divide(float* __restrict num, const float* __restrict den, int n, float floor, float substitute, int round) {
+  with_dtype(round, [=](auto r) {
+    using R = decltype(r);
+    for (int i = 0; i < n; ++i) {
+      float total = rounded<R>(den[i]), size = total < 0.0f ? -total : total;
+      num[i] = rounded<R>(rounded<R>(num[i]) / (size >= floor && size > 0.0f ? total : substitute));
+    }
+  });
+}
+
+void finish(float* __restrict v, const float* __restrict num, const float* __restrict b, int n, float lambda, int round) {
+  with_dtype(round, [=](auto r) {
+    using R = decltype(r);
+    for (int i = 0; i < n; ++i) v[i] = rounded<R>(b[i] + rounded<R>(lambda * rounded<R>(num[i])));
+  });
+}
+
+void variance(float* __restrict v, const float* const* d, int experts, int n) {
+  const float share = static_cast<float>(experts);
+  float mean[kBlock];
+  for (int i = 0; i < n; ++i) mean[i] = 0.0f;
+  for (int k = 0; k < experts; ++k) {
+    const float* __restrict dk = d[k];
+    for (int i = 0; i < n; ++i) mean[i] += dk[i];
+  }
+  for (int i = 0; i < n; ++i) mean[i] /= share;
+  for (int i = 0; i < n; ++i) v[i] = 0.0f;
+  for (int k = 0; k < experts; ++k) {
+    const float* __restrict dk = d[k];
+    for (int i = 0; i < n; ++i) v[i] += (dk[i] - mean[i]) * (dk[i] - mean[i]);
+  }
+  for (int i = 0; i < n; ++i) v[i] /= share;
+}
+
+void ram(float* __restrict num, const float* const* d, int experts, int n, float epsilon, const float* scale_k, const float* weight,
+         int64_t* unique, int64_t* shared) {
+  float changed[kBlock], total[kBlock], alone[kBlock], mass[kBlock];
+  for (int i = 0; i < n; ++i) changed[i] = total[i] = alone[i] = mass[i] = 0.0f;
+  for (int k = 0; k < experts; ++k) {
+    const float* __restrict dk = d[k];
+    const float w = weight[k], s = scale_k[k];
+    for (int i = 0; i < n; ++i) {
+      bool moved = (dk[i] < 0.0f ? -dk[i] : dk[i]) > epsilon;
+      changed[i] += moved ? 1.0f : 0.0f;
+      total[i] += moved ? w * dk[i] : 0.0f;
+      mass[i] += moved ? w : 0.0f;
+      alone[i] += moved ? s * dk[i] : 0.0f;
+    }
+  }
+  for (int k = 0; k < experts; ++k) {
+    const float* __restrict dk = d[k];
+    uint32_t one = 0, more = 0;
+    for (int i = 0; i < n; ++i) {
+      bool moved = (dk[i] < 0.0f ? -dk[i] : dk[i]) > epsilon;
+      one += moved & (changed[i] == 1.0f);
+      more += moved & (changed[i] > 1.0f);
+    }
+    unique[k] += one;
+    shared[k] += more;
+  }
+  for (int i = 0; i < n; ++i) num[i] = changed[i] > 1.0f ? total[i] / (mass[i] == 0.0f ? 1.0f : mass[i]) : alone[i];
+}
+
+void sum_abs(const float* __restrict d, int n, double* __restrict lanes) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int q = 0; q < kLanes; ++q) lanes[q] += static_cast<double>(bits_float(magnitude_key(d[i + q])));
+  for (int q = 0; i < n; ++i, ++q) lanes[q] += static_cast<double>(bits_float(magnitude_key(d[i])));
+}
+
+void sum_product(const float* __restrict a, const float* __restrict b, int n, double* __restrict lanes) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int q = 0; q < kLanes; ++q) lanes[q] += static_cast<double>(a[i + q]) * static_cast<double>(b[i + q]);
+  for (int q = 0; i < n; ++i, ++q) lanes[q] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+}
+
+int64_t count_nonzero(const float* __restrict d, int n) {
+  uint32_t count = 0;
+  for (int i = 0; i < n; ++i) count += d[i] != 0.0f;
+  return count;
+}
+
+int64_t sum_sign(const float* __restrict s, int n) {
+  int32_t total = 0;
+  for (int i = 0; i < n; ++i) total += (s[i] > 0.0f) - (s[i] < 0.0f);
+  return total;
+}
+
+uint64_t checksum(const void* bytes, int64_t size, uint64_t first) {
+  uint64_t total = 0;
+  const int64_t words = size / 8;
+  const char* p = static_cast<const char*>(bytes);
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t w;
+    std::memcpy(&w, p + 8 * i, 8);
+    uint32_t a = (static_cast<uint32_t>(first) + static_cast<uint32_t>(i)) * 0x9E3779B9u + 0x7F4A7C15u;
+    uint32_t b = a ^ 0x85EBCA6Bu;
+    total += static_cast<uint64_t>(static_cast<uint32_t>(w) + a) * static_cast<uint64_t>(static_cast<uint32_t>(w >> 32) + b) + w;
+  }
+  if (size % 8) {
+    uint64_t w = 0;
+    std::memcpy(&w, p + 8 * words, static_cast<size_t>(size % 8));
+    uint32_t a = (static_cast<uint32_t>(first) + static_cast<uint32_t>(words)) * 0x9E3779B9u + 0x7F4A7C15u;
+    uint32_t b = a ^ 0x85EBCA6Bu;
+    total += static_cast<uint64_t>(static_cast<uint32_t>(w) + a) * static_cast<uint64_t>(static_cast<uint32_t>(w >> 32) + b) + w;
+  }
+  return total;
+}
+
+}  // namespace
+
+#define M2RL_JOIN(a, b) a##b
+#define M2RL_TABLE(isa) M2RL_JOIN(merge_blocks_, isa)
+extern const MergeBlocks M2RL_TABLE(M2RL_ISA);
+const MergeBlocks M2RL_TABLE(M2RL_ISA) = {
+    load,   load_delta, store,  bracket,  keep_above, keep_where, keep_random, keep_factors,  scale,    accumulate, sign,
+    agree,  divide,     finish, variance, ram,        sum_abs,    sum_product, count_nonzero, sum_sign, checksum};
+
+}  // namespace m2rl

@@ -1,0 +1,903 @@
+"""`python -m m2rl.merge`: merge expert checkpoints into one, streaming, exact, without torch.
+
+    python -m m2rl.merge --base DIR --experts A B C D --method ties --density 0.2 --out DIR
+
+One pass over the inputs per statistic the method needs (thresholds, energies), one pass that writes. Inputs are mapped, outputs
+preallocated and written at their final place, in a folder beside `--out` that is renamed when complete: an interrupted merge
+leaves no half checkpoint, and `--resume` continues it. Methods and formulas: `m2rl_kernels.merge_passes.METHODS`.
+
+Python: `merge(base, experts, method="ties", density=0.2, out="DIR")` on folders, or on state dicts or modules (in memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from m2rl_kernels import merge_passes as passes
+from m2rl_kernels import native
+from m2rl_kernels.merge_passes import METHODS, Device, Recipe, Statistics, Tensors, recipe
+
+from m2rl.safetensors_io import DTYPES, ITEM_BYTES, Checkpoint, Layout, ShardWriter, TensorInfo, plan_layout
+from m2rl.types import InputError
+
+CODES = {safetensors: native.DTYPE_CODES[name] for name, safetensors in DTYPES.items()}  # "BF16" -> 1
+BATCH_ELEMENTS = 1 << 25  # per step of the progress bar; memory does not depend on it
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+)
+# Configuration that changes what the same weights compute: a merge across different values is meaningless.
+SAME_CONFIG = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "tie_word_embeddings",
+)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# ---- checks: everything that headers and configurations can tell, before any tensor is read ----
+
+
+@dataclass
+class Inputs:
+    """A base and its experts, checked against each other."""
+
+    base: Checkpoint | None
+    experts: list[Checkpoint]
+    merged: list[str]  # float tensors, in file order
+    copied: list[str]  # other types: taken from the donor, must agree
+
+    @property
+    def donor(self) -> Checkpoint:
+        """Whose configuration, tokenizer and non-float tensors the output gets."""
+        return self.base or self.experts[0]
+
+    @property
+    def all(self) -> list[Checkpoint]:
+        return [*([self.base] if self.base else []), *self.experts]
+
+    def info(self, name: str) -> TensorInfo:
+        return self.donor.tensors[name]
+
+
+def open_inputs(
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    *,
+    tensor_filter: Callable[[str], bool] | None = None,
+) -> Inputs:
+    """Open and check. InputError names the first thing that does not fit."""
+    if not experts:
+        raise InputError("--experts needs at least one model, got none")
+    found = Inputs(Checkpoint(base) if base is not None else None, [Checkpoint(e) for e in experts], [], [])
+    seen: dict[Path, str] = {}
+    for checkpoint in found.experts:
+        real = checkpoint.folder.resolve()
+        if real in seen:
+            warn(f"{checkpoint.source} is given twice as an expert")
+        if found.base and real == found.base.folder.resolve():
+            warn(f"expert {checkpoint.source} is the base itself: it adds nothing")
+        seen[real] = checkpoint.source
+    donor = found.donor
+    for other in found.all:
+        if other is donor:
+            continue
+        _check_names(donor, other)
+        for name, info in donor.tensors.items():
+            _check_tensor(donor, other, info, other.tensors[name])
+        _check_config(donor, other)
+        _check_tokenizer(donor, other)
+    order = sorted(donor.tensors.values(), key=lambda info: (donor.files.index(info.file), info.begin))
+    for info in order:
+        (found.merged if info.dtype in CODES else found.copied).append(info.name)
+    return found
+
+
+def _check_names(donor: Checkpoint, other: Checkpoint) -> None:
+    missing, extra = sorted(set(donor.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(donor.tensors))
+    for name, have, lack in [*((n, donor, other) for n in missing), *((n, other, donor) for n in extra)]:
+        if name.startswith("lm_head") or name.endswith("embed_tokens.weight"):
+            raise InputError(
+                f"{name} is in {have.source} but not in {lack.source}: one ties the output head to the embedding and the "
+                f"other does not (tie_word_embeddings: {have.config.get('tie_word_embeddings')} and "
+                f"{lack.config.get('tie_word_embeddings')}); save both the same way"
+            )
+    if missing:
+        raise InputError(f"{other.source} lacks {len(missing)} tensors that {donor.source} has, first {missing[0]}")
+    if extra:
+        raise InputError(f"{other.source} has {len(extra)} tensors that {donor.source} lacks, first {extra[0]}")
+
+
+def _check_tensor(donor: Checkpoint, other: Checkpoint, a: TensorInfo, b: TensorInfo) -> None:
+    if a.shape != b.shape:
+        if (
+            len(a.shape) == len(b.shape) == 2
+            and a.shape[1] == b.shape[1]
+            and ("embed" in a.name or "lm_head" in a.name)
+        ):
+            raise InputError(
+                f"{a.name}: vocabulary sizes differ by {abs(a.shape[0] - b.shape[0])} rows ({a.shape[0]} in {donor.source}, "
+                f"{b.shape[0]} in {other.source}); resize one to the other first"
+            )
+        raise InputError(f"{a.name} has shape {list(a.shape)} in {donor.source} and {list(b.shape)} in {other.source}")
+    if (a.dtype in CODES) != (b.dtype in CODES) or (a.dtype not in CODES and a.dtype != b.dtype):
+        raise InputError(f"{a.name} has dtype {a.dtype} in {donor.source} and {b.dtype} in {other.source}")
+
+
+def _check_config(donor: Checkpoint, other: Checkpoint) -> None:
+    a, b = donor.config, other.config
+    for key in SAME_CONFIG:
+        if a and b and a.get(key) != b.get(key) and key in a and key in b:
+            raise InputError(f"config.json: {key} is {a[key]} in {donor.source} and {b[key]} in {other.source}")
+
+
+def _vocabulary(folder: Path) -> Any:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text())
+        model = content.get("model", {})
+        added = [(t["id"], t["content"]) for t in content.get("added_tokens", [])]
+        return {"vocab": model.get("vocab"), "merges": model.get("merges"), "added": added}
+    path = folder / "vocab.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _check_tokenizer(donor: Checkpoint, other: Checkpoint) -> None:
+    def digest(folder: Path) -> list[bytes]:
+        return [
+            hashlib.sha256(p.read_bytes()).digest()
+            for n in ("tokenizer.json", "vocab.json")
+            if (p := folder / n).is_file()
+        ]
+
+    first, second = digest(donor.folder), digest(other.folder)
+    if not first or not second or first == second:
+        return
+    a, b = _vocabulary(donor.folder), _vocabulary(other.folder)
+    if a != b:
+        sizes = [len(v.get("vocab") or ()) if isinstance(v, dict) and "vocab" in v else len(v or ()) for v in (a, b)]
+        raise InputError(
+            f"the tokenizers of {donor.source} and {other.source} differ ({sizes[0]} and {sizes[1]} entries in the "
+            "vocabulary): the same row of the embedding means different tokens"
+        )
+
+
+# ---- the journal: what makes an interrupted merge resumable ----
+
+
+class Journal:
+    """One line per finished tensor: its name and the checksum of what was written. The first line names the merge."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = folder / "journal.jsonl", fingerprint
+        self.handle = open(self.path, "a+")  # noqa: SIM115 - lives as long as the merge
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process is writing {folder}") from None
+
+    def finished(self) -> dict[str, dict[str, Any]] | None:
+        """name -> entry; None if the journal belongs to another merge or is empty."""
+        self.handle.seek(0)
+        lines = self.handle.read().splitlines()
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # the line a crash cut short
+        if not entries or entries[0].get("fingerprint") != self.fingerprint:
+            return None
+        return {entry["tensor"]: entry for entry in entries[1:]}
+
+    def restart(self) -> None:
+        self.handle.seek(0)
+        self.handle.truncate()
+        self.add(fingerprint=self.fingerprint)
+
+    def add(self, **entry: Any) -> None:
+        self.handle.write(json.dumps(entry) + "\n")
+        self.handle.flush()
+
+    def close(self) -> None:
+        self.handle.close()
+
+
+# ---- one output ----
+
+
+@dataclass
+class Output:
+    """One merged checkpoint being written."""
+
+    recipe: Recipe
+    folder: Path
+    layout: Layout
+    partial: Path
+    journal: Journal
+    writer: ShardWriter
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # tensor -> journal entry
+
+
+def open_output(
+    inputs: Inputs, chosen: Recipe, folder: Path, *, dtype: str | None, shard_bytes: int, resume: bool, overwrite: bool
+) -> Output:
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise InputError(f"{folder} exists and is not empty: choose another --out, or pass --overwrite")
+    for checkpoint in inputs.all:
+        if folder == checkpoint.folder.resolve() or checkpoint.folder.resolve() in folder.parents:
+            raise InputError(f"--out {folder} lies inside the input {checkpoint.source}")
+    layout = plan_layout(
+        [(i.name, _out_dtype(i, dtype), i.shape) for i in map(inputs.info, [*inputs.merged, *inputs.copied])],
+        shard_bytes,
+    )
+    partial = folder.with_name(f".{folder.name}.partial")
+    fingerprint = hashlib.sha256(
+        json.dumps(
+            {
+                "recipe": chosen.describe(),
+                "layout": sorted(layout.files.items()),
+                "dtype": dtype,
+                "per_tensor": chosen.per_tensor is not None,
+                "inputs": [[str(c.folder.resolve()), c.state] for c in inputs.all],
+                "version": _version(),
+            },
+            default=str,
+        ).encode()
+    ).hexdigest()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        existed = partial.exists()
+        held = sum(p.stat().st_blocks * 512 for p in partial.glob("*.safetensors")) if existed else 0
+        free = shutil.disk_usage(folder.parent).free
+        need = layout.bytes + (64 << 20 if layout.bytes > 64 << 20 else 1 << 20) - held
+        if free < need:
+            raise InputError(
+                f"{folder.parent} has {free / 1e9:.2f} GB free, the merge needs {need / 1e9:.2f} GB: nothing was written"
+            )
+        partial.mkdir(exist_ok=True)
+        journal = Journal(partial, fingerprint)
+        done = journal.finished() if resume else None
+        if existed and done is None:
+            print(
+                f"{'the unfinished merge in ' + str(partial) + ' is a different one' if resume else 'an unfinished merge was found'}: "
+                "starting over",
+                file=sys.stderr,
+            )
+        if done is None:
+            for stale in partial.glob("*.safetensors"):
+                stale.unlink()
+            journal.restart()
+        writer = ShardWriter(partial, layout)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(
+                f"the disk of {folder.parent} is full: {layout.bytes / 1e9:.2f} GB could not be allocated"
+            ) from None
+        raise InputError(f"cannot write {folder}: {error.strerror} ({error.filename})") from None
+    output = Output(chosen, folder, layout, partial, journal, writer)
+    for name, entry in (done or {}).items():
+        data = writer.read(name, entry["bytes"])  # trust what is on the disk, not what was meant to be there
+        if passes.checksum(data.ctypes.data, data.nbytes) == entry["checksum"][-1]:
+            output.done[name] = entry
+    if output.done:
+        print(f"resuming: {len(output.done)} of {len(layout.place)} tensors are already written", file=sys.stderr)
+    return output
+
+
+def _out_dtype(info: TensorInfo, dtype: str | None) -> str:
+    return DTYPES[dtype] if dtype and info.dtype in CODES else info.dtype
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("m2rl")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# ---- the stream ----
+
+
+def as_tensors(inputs: Inputs, names: Sequence[str], with_base: bool) -> Tensors:
+    base = inputs.base if with_base else None
+    return Tensors(
+        names=list(names),
+        shapes=[inputs.info(n).shape for n in names],
+        base=np.array([base.address(n) for n in names], np.uint64) if base else None,
+        base_dtype=np.array([CODES[(base or inputs.donor).tensors[n].dtype] for n in names], np.int32),
+        experts=np.array([[e.address(n) for e in inputs.experts] for n in names], np.uint64).reshape(
+            len(names), len(inputs.experts)
+        ),
+        expert_dtype=np.array([[CODES[e.tensors[n].dtype] for e in inputs.experts] for n in names], np.int32).reshape(
+            len(names), len(inputs.experts)
+        ),
+        owner=inputs,
+    )
+
+
+def _check_finite(inputs: Inputs, tensors: Tensors, nonfinite: np.ndarray) -> None:
+    for t, who in np.argwhere(nonfinite).tolist():
+        source = inputs.experts[who - 1] if who else inputs.base
+        assert source is not None
+        raise InputError(f"{tensors.names[t]} of {source.source} has {nonfinite[t, who]} NaN or infinite elements")
+
+
+def batches(inputs: Inputs, names: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    held = 0
+    for name in names:
+        batch.append(name)
+        held += math.prod(inputs.info(name).shape)
+        if held >= BATCH_ELEMENTS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+class Progress:
+    """`42 %  1.31 GB/s  0:03 left`, on a terminal or when asked; bytes are those read and written."""
+
+    def __init__(self, total_bytes: int, shown: bool | None) -> None:
+        self.total, self.done, self.start, self.last = max(total_bytes, 1), 0, time.monotonic(), 0.0
+        self.shown = sys.stderr.isatty() if shown is None else shown
+
+    def add(self, size: int, label: str) -> None:
+        self.done += size
+        now = time.monotonic()
+        if self.shown and (now - self.last > 0.1 or self.done >= self.total):
+            self.last = now
+            rate = self.done / max(now - self.start, 1e-9)
+            left = (self.total - self.done) / max(rate, 1)
+            print(
+                f"\r{100 * self.done / self.total:3.0f} %  {rate / 1e9:5.2f} GB/s  {int(left) // 60}:{int(left) % 60:02d} left  {label[:60]:60s}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self.shown:
+            print(file=sys.stderr)
+
+
+def stream(
+    inputs: Inputs, outputs: Sequence[Output], *, threads: int = 0, progress: bool | None = None, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Merge every tensor into every output; one reading of the inputs serves all. Returns one summary per output."""
+    place = Device("cpu", threads)
+    with_base = inputs.base is not None and any(o.recipe.needs_base for o in outputs)
+    names = [n for n in inputs.merged if any(n not in o.done for o in outputs)]
+    size = {
+        n: sum(c.tensors[n].size for c in inputs.all)
+        + sum(ITEM_BYTES[o.layout.dtypes[n]] * math.prod(inputs.info(n).shape) for o in outputs)
+        for n in names
+    }
+    whole = [i for i, o in enumerate(outputs) if _needs_whole_model(o.recipe)]
+    read_all = sum(c.tensors[n].size for n in inputs.merged for c in inputs.all) if whole else 0
+    bar = Progress(sum(size.values()) + read_all, progress)
+    global_statistics: dict[int, tuple[dict[str, int], Statistics]] = {}
+    if whole:
+        ordered = sorted(inputs.merged)  # the authors concatenate by sorted name: ties are resolved in that order
+        everything = as_tensors(inputs, ordered, with_base)
+        report = passes.Report(nonfinite=np.zeros((len(ordered), len(inputs.experts) + 1), np.int64))
+        found = passes.gather(everything, [outputs[i].recipe for i in whole], device=place, report=report)
+        assert report.nonfinite is not None
+        _check_finite(inputs, everything, report.nonfinite)
+        row = {name: t for t, name in enumerate(ordered)}
+        global_statistics = {i: (row, s) for i, s in zip(whole, found)}
+        for checkpoint in inputs.all:
+            checkpoint.release(ordered)
+        bar.add(read_all, "statistics of the whole model")
+    for batch in batches(inputs, names):
+        tensors = as_tensors(inputs, batch, with_base)
+        local = [
+            i
+            for i in range(len(outputs))
+            if i not in global_statistics and outputs[i].recipe.rule.combine != "spectral"
+        ]
+        report = passes.Report(nonfinite=np.zeros((len(batch), len(inputs.experts) + 1), np.int64))
+        found = passes.gather(tensors, [outputs[i].recipe for i in local], device=place, report=report)
+        assert report.nonfinite is not None
+        _check_finite(inputs, tensors, report.nonfinite)
+        statistics = dict(zip(local, found))
+        for i, (row, s) in global_statistics.items():
+            statistics[i] = s.take([row[n] for n in batch])
+        for i, output in enumerate(outputs):
+            if i in statistics:
+                _apply(inputs, tensors, output, statistics[i], place)
+            else:
+                _apply_spectral(inputs, batch, output)
+        for checkpoint in inputs.all:
+            checkpoint.release(batch)
+        bar.add(sum(size[n] for n in batch), batch[-1])
+    for output in outputs:
+        for name in inputs.copied:
+            _copy(inputs, name, output)
+    for checkpoint in inputs.all:
+        checkpoint.check_unchanged()
+    bar.close()
+    return [_summary(inputs, output) for output in outputs]
+
+
+def _needs_whole_model(r: Recipe) -> bool:
+    return r.scope == "model" and (
+        r.rule.filter in ("magnitude", "outliers")
+        or r.trim_density is not None
+        or r.method == "ram_plus"
+        or (r.rule.combine == "elect" and r.zero_sign == "majority")
+    )
+
+
+def _apply(inputs: Inputs, tensors: Tensors, output: Output, statistics: Statistics, device: Device) -> None:
+    todo = [t for t, n in enumerate(tensors.names) if n not in output.done]
+    if not todo:
+        return
+    tensors, statistics = tensors.take(todo), statistics.take(todo)
+    if not output.recipe.needs_base:
+        tensors = tensors.without_base()
+    where = [output.writer.where(n) for n in tensors.names]
+    dtypes = np.array([CODES[output.layout.dtypes[n]] for n in tensors.names], np.int32)
+    report = passes.apply(
+        tensors,
+        output.recipe,
+        statistics,
+        out_dtype=dtypes,
+        files=np.array([f for f, _ in where], np.int32),
+        positions=np.array([p for _, p in where], np.int64),
+        checksum=True,
+        device=device,
+    )
+    assert report.nonfinite is not None and report.overflow is not None and report.checksum is not None
+    assert report.nonzero is not None and report.changed is not None
+    _check_finite(inputs, tensors, report.nonfinite)
+    for t in np.flatnonzero(report.overflow).tolist():
+        raise InputError(
+            f"{tensors.names[t]}: {report.overflow[t]} merged elements overflow {output.layout.dtypes[tensors.names[t]]}; "
+            "choose a wider --dtype"
+        )
+    for t, name in enumerate(tensors.names):
+        entry = {
+            "tensor": name,
+            "bytes": int(tensors.numel[t]) * passes.ITEM_BYTES[int(dtypes[t])],
+            "checksum": report.checksum[t].tolist(),
+            "nonzero": report.nonzero[t].tolist(),
+            "changed": int(report.changed[t]),
+            "numel": int(tensors.numel[t]),
+        }
+        output.journal.add(**entry)
+        output.done[name] = entry
+
+
+def _apply_spectral(inputs: Inputs, batch: Sequence[str], output: Output) -> None:
+    """SVD methods: one matrix at a time, in torch."""
+    from m2rl_kernels import delta_merge
+
+    for name in batch:
+        if name in output.done:
+            continue
+        merged = delta_merge.spectral_from_bytes(
+            output.recipe,
+            inputs.info(name).shape,
+            [(c.bytes(name), CODES[c.tensors[name].dtype]) for c in inputs.all],
+            CODES[output.layout.dtypes[name]],
+        )
+        output.writer.write(name, merged)
+        entry = {
+            "tensor": name,
+            "bytes": merged.nbytes,
+            "checksum": [passes.checksum(merged.ctypes.data, merged.nbytes)],
+        }
+        output.journal.add(**entry)
+        output.done[name] = entry
+
+
+def _copy(inputs: Inputs, name: str, output: Output) -> None:
+    data = inputs.donor.bytes(name)
+    for other in inputs.all:
+        if not np.array_equal(other.bytes(name), data):
+            raise InputError(
+                f"{name} ({inputs.info(name).dtype}) is not a float tensor and differs between {inputs.donor.source} and {other.source}"
+            )
+    output.writer.write(name, data)
+
+
+def _summary(inputs: Inputs, output: Output) -> dict[str, Any]:
+    """Per input: a content checksum independent of sharding, and how much it changed."""
+    entries = [output.done[n] for n in inputs.merged]
+    with_counts = [e for e in entries if "nonzero" in e]
+    total = sum(e["numel"] for e in with_counts)
+    models: list[dict[str, Any]] = []
+    for i, checkpoint in enumerate([inputs.base, *inputs.experts]):
+        if checkpoint is None:
+            continue
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(inputs.merged):
+            info, entry = checkpoint.tensors[name], output.done[name]
+            digest.update(
+                f"{name} {info.dtype} {list(info.shape)} {entry['checksum'][i] if len(entry['checksum']) > 1 else ''}\n".encode()
+            )
+        read = len(with_counts) == len(entries) and (i > 0 or output.recipe.needs_base)
+        model = {"source": checkpoint.source, "content": digest.hexdigest() if read else "not read"}
+        if i and read and output.recipe.needs_base and total:
+            moved = sum(e["nonzero"][i - 1] for e in with_counts)
+            model["elements that differ from the base"] = f"{moved} of {total}"
+            if moved == 0:
+                warn(f"expert {checkpoint.source} is identical to the base: it adds nothing")
+        models.append(model)
+    summary: dict[str, Any] = {"models": models}
+    if with_counts and output.recipe.needs_base and total:
+        summary["merged elements that differ from the base"] = f"{sum(e['changed'] for e in with_counts)} of {total}"
+    return summary
+
+
+# ---- finishing ----
+
+
+def finish(
+    inputs: Inputs, output: Output, summary: dict[str, Any], *, dtype: str | None, overwrite: bool, sync: bool
+) -> None:
+    """Configuration, tokenizer and card beside the weights; then everything to disk, and the rename."""
+    donor = inputs.donor.folder
+    config = inputs.donor.config
+    if config:
+        stored = dtype or {v: k for k, v in DTYPES.items()}.get(
+            inputs.info(max(inputs.merged, key=lambda n: inputs.info(n).size)).dtype
+        )
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = stored
+        if not {"dtype", "torch_dtype"} & set(config):
+            config["dtype"] = stored
+        (output.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in [*(donor / n for n in COPIED), *donor.glob("*.py")]:
+        if path.is_file():
+            shutil.copyfile(path, output.partial / path.name)
+    record = {
+        "tool": f"m2rl.merge {_version()}",
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+        "recipe": output.recipe.describe(),
+        "dtype": dtype or "as the base",
+        **summary,
+    }
+    (output.partial / "merge.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    (output.partial / "README.md").write_text(card(inputs, output.recipe, record))
+    output.writer.finish(sync)
+    output.journal.close()
+    output.journal.path.unlink()
+    if sync:
+        for path in [*output.partial.iterdir(), output.partial]:
+            _sync(path)
+    if output.folder.exists():
+        old = output.folder.with_name(f".{output.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        output.folder.rename(old)
+        output.partial.rename(output.folder)
+        shutil.rmtree(old)
+    else:
+        output.partial.rename(output.folder)
+    if sync:
+        _sync(output.folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def card(inputs: Inputs, r: Recipe, record: Mapping[str, Any]) -> str:
+    """The model card: what was merged, how, from which bytes."""
+    rule = r.rule
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "base_model:",
+        *(f"- {c.source}" for c in inputs.all),
+        "---",
+        "",
+        f"# {inputs.donor.folder.name}, merged with {r.method}",
+        "",
+        f"    {rule.formula}        ({rule.source})",
+        "",
+        "| model | weight | content checksum |",
+        "|---|---|---|",
+    ]
+    weights = {c.source: w for c, w in zip(inputs.experts, r.weights)}
+    lines += [f"| {m['source']} | {weights.get(m['source'], 'base')} | {m['content']} |" for m in record["models"]]
+    lines += [
+        "",
+        f"Made by {record['tool']} (numpy {record['numpy']}, Python {record['python']}). Every choice:",
+        "",
+        "```json",
+        json.dumps(record["recipe"], indent=2, default=str),
+        "```",
+        "",
+        "The content checksum is a 64-bit checksum per tensor, hashed over names, types and shapes: it does not depend on sharding, "
+        "and is not cryptographic.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ---- the Python interface ----
+
+
+def merge(
+    base: Any,
+    experts: Sequence[Any],
+    method: str = "ties",
+    *,
+    out: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    shard_bytes: int = 5_000_000_000,
+    resume: bool = False,
+    overwrite: bool = False,
+    sync: bool = True,
+    progress: bool | None = None,
+    **options: Any,
+) -> Any:
+    """Merge `experts` onto `base`.
+
+    base, experts: folders or cached hub ids (then `out` is required; returns its path), or state dicts or modules (returns a new state
+        dict of the base's names, on the base's device). `base` may be None for average and karcher.
+    method, options: as in `merge_passes.recipe`: preset, weights, density, lam, normalize, scope, ties, zero_sign, rescale,
+        sce_select, sce_eps, compute_dtype, seed, ...
+    dtype: "bfloat16" | "float16" | "float32": type of the result; default as the base.
+    Raises InputError for input that does not fit, ValueError for an option that makes no sense; nothing is written then.
+    """
+    if out is None or not isinstance(experts[0] if experts else "", (str, os.PathLike)):
+        if out is not None or isinstance(experts[0] if experts else "", (str, os.PathLike)):
+            raise ValueError("out must be given for folders, and only for folders")
+        from m2rl_kernels import delta_merge
+
+        return delta_merge.merge_state_dicts(base, experts, method, dtype=dtype, threads=threads, **options)
+    chosen = recipe(method, len(experts), **options)
+    merge_many(
+        base,
+        experts,
+        [(chosen, Path(out))],
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        shard_bytes=shard_bytes,
+        resume=resume,
+        overwrite=overwrite,
+        sync=sync,
+        progress=progress,
+    )
+    return Path(out)
+
+
+def merge_many(
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    wanted: Sequence[tuple[Recipe, Path]],
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    shard_bytes: int = 5_000_000_000,
+    resume: bool = False,
+    overwrite: bool = False,
+    sync: bool = True,
+    progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Several merges of the same models in one reading. InputError: nothing is written, unfinished folders are removed."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if base is None and any(r.needs_base for r, _ in wanted):
+        raise InputError(f"--base is needed by {next(r.method for r, _ in wanted if r.needs_base)}")
+    inputs = open_inputs(base, experts)
+    outputs: list[Output] = []
+    try:
+        for chosen, folder in wanted:
+            outputs.append(
+                open_output(
+                    inputs, chosen, folder, dtype=dtype, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite
+                )
+            )
+        summaries = stream(inputs, outputs, threads=threads, progress=progress)
+        for output, summary in zip(outputs, summaries):
+            finish(inputs, output, summary, dtype=dtype, overwrite=overwrite, sync=sync)
+    except InputError:
+        _discard(outputs)
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _discard(outputs)
+            raise InputError(f"the disk of {outputs[0].folder.parent} is full: nothing was written") from None
+        raise
+    return summaries
+
+
+def _discard(outputs: Sequence[Output]) -> None:
+    for output in outputs:
+        output.writer.close()
+        output.journal.close()
+        shutil.rmtree(output.partial, ignore_errors=True)
+
+
+# ---- the command ----
+
+
+def parser() -> argparse.ArgumentParser:
+    table = "\n".join(f"  {name:17s} {m.formula}  ({m.source})" for name, m in METHODS.items())
+    p = argparse.ArgumentParser(
+        prog="python -m m2rl.merge",
+        description="Merge expert checkpoints into one.",
+        epilog=f"methods:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--base", help="folder or cached hub id of the model the experts were trained from")
+    p.add_argument("--experts", nargs="+", default=[], help="folders or cached hub ids")
+    p.add_argument("--out", required=True, help="folder to create")
+    p.add_argument("--config", help="a recipe in mergekit's YAML schema, in place of --base, --experts and --method")
+    p.add_argument("--method", nargs="+", default=["ties"], help="one of those below; several with --sweep")
+    p.add_argument("--preset", choices=list(passes.PRESETS), help="conventions of the paper's code, or of mergekit")
+    p.add_argument("--weights", nargs="+", type=float, help="one per expert (default 1)")
+    p.add_argument("--density", nargs="+", type=float, help="fraction kept, in (0, 1]; several with --sweep")
+    p.add_argument(
+        "--lambda",
+        dest="lam",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="factor of the merged task vector; several with --sweep",
+    )
+    p.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="divide by the weights that count (default: by method)",
+    )
+    for name, allowed in passes.CHOICES.items():
+        p.add_argument(f"--{name.replace('_', '-')}", choices=allowed)
+    p.add_argument("--sce-eps", type=float)
+    p.add_argument("--trim-density", type=float, help="dare_ties: top-k after the random mask")
+    p.add_argument("--gamma", type=float, help="breadcrumbs: fraction of the largest dropped (0.01)")
+    p.add_argument(
+        "--epsilon", type=float, help="della: half width of the keep probabilities (0.15); ram: smallest change (1e-5)"
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=list(DTYPES), help="type of the result (default: the base's, tensor by tensor)")
+    p.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu"],
+        help="where to compute; files are merged on the CPU, which is faster than moving them to a GPU and back",
+    )
+    p.add_argument("--threads", type=int, default=0, help="default: as many as the process may use")
+    p.add_argument("--shard-bytes", type=float, default=5e9)
+    p.add_argument("--resume", action="store_true", help="continue an interrupted merge")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    p.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True, help="fsync before the rename")
+    p.add_argument("--progress", action=argparse.BooleanOptionalAction, help="default: on a terminal")
+    p.add_argument(
+        "--sweep",
+        action="store_true",
+        help="score every combination of --method, --density and --lambda; keep the best",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        run(args)
+    except (InputError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    shared = {
+        "dtype": args.dtype,
+        "device": args.device,
+        "threads": args.threads,
+        "shard_bytes": int(args.shard_bytes),
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "sync": args.sync,
+        "progress": args.progress,
+    }
+    if args.config:
+        from m2rl.merge_yaml import read_config
+
+        plan = read_config(args.config)
+        shared["dtype"] = args.dtype or plan.dtype
+        merge_many(plan.base, plan.experts, [(plan.recipe, Path(args.out))], **shared)
+        return
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "preset",
+            "weights",
+            "normalize",
+            "sce_eps",
+            "trim_density",
+            "gamma",
+            "epsilon",
+            "seed",
+            *passes.CHOICES,
+        )
+    }
+    if args.sweep:
+        from m2rl.merge_sweep import sweep
+
+        sweep(
+            args.base,
+            args.experts,
+            Path(args.out),
+            methods=args.method,
+            densities=args.density or [1.0],
+            lambdas=args.lam,
+            options=options,
+            **shared,
+        )
+        return
+    for flag, values in (("--method", args.method), ("--lambda", args.lam)):
+        if len(values) > 1:
+            raise InputError(f"{flag} takes one value without --sweep, got {len(values)}")
+    density = args.density
+    if density is not None and len(density) == 1:
+        density = density[0]
+    chosen = recipe(args.method[0], len(args.experts), density=density, lam=args.lam[0], **options)
+    started = time.monotonic()
+    merge_many(args.base, args.experts, [(chosen, Path(args.out))], **shared)
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{args.out}: {args.method[0]} of {len(args.experts)} experts in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
