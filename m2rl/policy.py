@@ -8,7 +8,6 @@ are scored reach the head, and `linear_logprob` never forms [N, V] logits. Any d
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -198,4 +198,6 @@ def full_parameters(policy: Policy) -> dict[str, Tensor]:
     return named
 
 
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+# Loading bars and notes on sharding plans that are not used would break into the run's own display.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
