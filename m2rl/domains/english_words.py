@@ -44,10 +44,10 @@ ENGLISH_FUNCTION_WORDS = word_set(
 )
 FOREIGN_FUNCTION_WORDS = word_set(
     """
-    el los las una del que por con para como pero más está le les et est dans pour qui sur avec pas une du au nous vous
-    der das und ist nicht ein eine mit auf für sich zu il di che è non della sono gli nel een het en niet dat voor zijn
-    och att det som är på inte ikke og til av um não uma dos ao mais ja että oli nie jest się na że bir ve bu için yang
-    dan ini itu dengan untuk tidak của và là không trong được
+    el los las una del que por con para como pero más está le les et est dans pour qui sur avec pas une du au nous
+    vous der das und ist nicht ein eine mit auf für sich zu il di che è non della sono gli nel een het en niet dat
+    voor zijn och att det som är på inte ikke og til av um não uma dos ao mais ja että oli nie jest się na że bir ve
+    bu için yang dan ini itu dengan untuk tidak của và là không trong được ang ng sa mga hindi ya wa kwa ni și din
     """
 )
 

@@ -169,3 +169,18 @@ def test_language_detection_is_repeatable():
     spec = {"constraints": [{"id": "language:response_language", "kwargs": {"language": "en"}}]}
     mixed = "la table est red et the chair est blue mais big and petite"
     assert len({instruct.verify(mixed, spec).reward for _ in range(20)}) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "der hund lief schnell durch den wald und sah die alte katze nicht",
+        "o cachorro correu pela floresta e viu a gata velha que dormia na sombra",
+        "ang aso ay tumakbo nang mabilis sa gubat at hindi nakita ang matandang pusa",
+        "köpek ormanda hızla koştu ve uyuyan yaşlı kediyi bir türlü görmedi",
+        "lorem ipsum dolor sit amet consectetur adipiscing elit sed eiusmod tempor " * 4,
+        "собака быстро бежала по лесу",
+    ],
+)
+def test_lower_case_in_another_language_is_not_english(text):
+    assert instruct.verify(text, {"constraints": [{"id": "change_case:english_lowercase"}]}).status == "wrong"
