@@ -130,8 +130,9 @@ def linear_logprob_backward(saved: Saved, grad_logp_N: Tensor, grad_entropy_N: T
     _require(grad_logp_N.shape == (N,), lambda: f"grad_logp must have shape [N] = [{N}], got {list(grad_logp_N.shape)}")
     if grad_entropy_N is not None:
         _require(saved.with_entropy, "grad_entropy must be None unless the forward ran with return_entropy=True")
-        _require(grad_entropy_N.shape == (N,), f"grad_entropy must have shape [N] = [{N}],
-                 got {list(grad_entropy_N.shape)}")
+        _require(grad_entropy_N.shape == (N,),
+                 f"grad_entropy must have shape [N] = [{N}], "
+                 f"got {list(grad_entropy_N.shape)}")
     if out is not None:
         _require(out.dtype == torch.float32, lambda: f"grad_weight_out must be float32, got {out.dtype}")
         _require(out.shape == weight_VH.shape and out.is_contiguous() and out.device == weight_VH.device,
@@ -478,7 +479,7 @@ def _backward_cpu(c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, nee
     return grad_x, grad_weight
 
 
-# ---- tensor parallel: the vocabulary in equal shards -------------------------------------------------------------------
+# ---- tensor parallel: the vocabulary in equal shards ----------------------------------------------------------------
 # The anchored sums of the shards simply add up: two all-reduces of [M] vectors, no maximum to agree on.
 
 
@@ -542,5 +543,5 @@ def _shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy) -
     if M == 0:
         return torch.zeros(2, 0)
     x, y, target, anchor = _pad_rows(_widen(x_MH), padded), *(_pad_rows(t, padded) for t in (y_M, target_M, anchor_M))
-    return torch.stack(_sums_cpu(x, weight_VH, y, target, anchor, inv_t, with_entropy, torch.empty(0,
-                                                                                                   weight_VH.shape[0])))[:, :M]
+    no_cache = torch.empty(0, weight_VH.shape[0])
+    return torch.stack(_sums_cpu(x, weight_VH, y, target, anchor, inv_t, with_entropy, no_cache))[:, :M]
