@@ -4,13 +4,13 @@
     poll   -> one step       finished responses out, with every token's log-probability at its temperature
     sync   -> the policy's weights into the engine's own storage, then the prefix cache is dropped
 
-Every rank holds a whole engine; with rollout.tensor_parallel > 1 that many neighbouring ranks hold one together and must make
-the same calls in the same order. vLLM runs under its external launcher: in this process, on this process group; no server, no
-second set of processes. Its weights start as noise and come from `sync` alone, so that it can never serve a stale checkpoint.
+Every rank holds a whole engine; with rollout.tensor_parallel > 1 that many neighbouring ranks hold one together and must
+make the same calls in the same order. vLLM runs under its external launcher: in this process, on this process group, with
+no server beside it. Its weights start as noise and come from `sync` alone: it can never serve a stale checkpoint.
 
-Weights take one of two routes. "in place": a SyncPlan writes into vLLM's fused parameters, whose addresses never change, so
-captured CUDA graphs stay valid. "reload": vLLM's CPU build repacks every matrix and cannot be written in place; there the
-weights go through vLLM's own reload.
+Weights take one of two routes. "in place": a SyncPlan writes into vLLM's fused parameters, whose addresses never change,
+so that captured CUDA graphs stay valid. "reload": vLLM's CPU build packs every matrix into a form of its own and cannot be
+written in place; there the weights go through vLLM's own reload.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import gc
 import importlib.metadata
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,10 +59,11 @@ def check_version(installed: Mapping[str, str] | None = None) -> str:
             except importlib.metadata.PackageNotFoundError:
                 continue
     if not installed:
-        raise InputError(f'rollout.engine "vllm": vllm is not installed ({INSTALL}); rollout.engine "native" needs nothing')
+        raise InputError(f'rollout.engine "vllm": vllm is not installed ({INSTALL}); "native" needs nothing')
     name, version = next(iter(installed.items()))
     if not _number(OLDEST) <= _number(version) < _number(TOO_NEW):
-        raise InputError(f"{name} {version} is not in the range that m2rl was tested with, >= {OLDEST} and < {TOO_NEW}: {INSTALL}")
+        raise InputError(f"{name} {version} is not in the range that m2rl was tested with, >= {OLDEST} and < {TOO_NEW} "
+                         f"({INSTALL})")
     return version
 
 
@@ -73,9 +73,9 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
-    """vLLM's sleeping allocator switches expandable segments off around its pools only if it sees them under the old name."""
-    if "expandable_segments:True" in environment.get("PYTORCH_ALLOC_CONF", "") and (
-            "expandable_segments:True" not in environment.get("PYTORCH_CUDA_ALLOC_CONF", "")):
+    """vLLM's sleeping allocator switches expandable segments off around its pools if it sees them under the older name."""
+    setting = "expandable_segments:True"
+    if setting in environment.get("PYTORCH_ALLOC_CONF", "") and setting not in environment.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         raise InputError("PYTORCH_ALLOC_CONF sets expandable_segments:True, which corrupts vLLM's sleep mode: set it in "
                          "PYTORCH_CUDA_ALLOC_CONF instead, the name that vLLM inspects, or leave it out")
 
@@ -96,7 +96,7 @@ class VllmEngine:
     """Implements rollout.engine.Engine on vLLM."""
 
     def __init__(self, config: Config, model_path: str, device: torch.device, end_tokens: Iterable[int]):
-        """model_path: a Hugging Face folder; its config.json is read, its weights are not. Collective over the ranks."""
+        """model_path: a Hugging Face folder; config.json is read, weights are not. Collective over the ranks."""
         check_version()
         r, cuda = config.rollout, device.type == "cuda"
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -130,14 +130,14 @@ class VllmEngine:
             if not cuda:
                 current_platform.simple_compile_backend = "eager"  # else the first step compiles C++ for 12 s
             self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
-            r = self.config.rollout
+            r, launched = self.config.rollout, "RANK" in os.environ and dist.is_initialized()
             engine = LLMEngine.from_engine_args(EngineArgs(
                 model=model_path, skip_tokenizer_init=True, generation_config="vllm", load_format="dummy", seed=0,
                 dtype=self.config.model.compute_dtype, max_model_len=self.max_length, max_num_seqs=r.max_sequences,
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
                 enable_prefix_caching=True, enforce_eager=not cuda, enable_sleep_mode=cuda, disable_log_stats=True,
                 kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30), tensor_parallel_size=r.tensor_parallel,
-                distributed_executor_backend="external_launcher" if dist.is_initialized() else None))
+                distributed_executor_backend="external_launcher" if launched else None))
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
         _ALIVE.append(engine)
         return engine
@@ -159,8 +159,8 @@ class VllmEngine:
             if request.max_new_tokens < 1:
                 raise ValueError(f"request {request.id}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
             if length > self.max_length:
-                raise ValueError(f"request {request.id}: {len(request.tokens)} tokens and {request.max_new_tokens} new ones "
-                                 f"exceed the engine's {self.max_length}")
+                raise ValueError(f"request {request.id}: {len(request.tokens)} tokens and {request.max_new_tokens} new ones"
+                                 f" exceed the engine's {self.max_length}")
             if request.id in self.requests:
                 raise ValueError(f"request {request.id}: this id is in flight already")
             self.engine.add_request(str(request.id), {"prompt_token_ids": list(request.tokens)}, self._sampling_params(
@@ -212,7 +212,7 @@ class VllmEngine:
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     def sync(self, policy: Any, version: int) -> None:
-        """Take the policy's weights by the engine's route; collective over the ranks. Wakes the weights if they sleep."""
+        """Take the policy's weights; collective over the ranks. Wakes the engine's weights if they sleep."""
         self._before_writing()
         self._reload(full_parameters(policy))
         self._after_writing(version)
@@ -240,7 +240,7 @@ class VllmEngine:
         for _ in range(4):
             if self.engine.reset_prefix_cache():
                 return
-            self.engine.step()  # with asynchronous scheduling the last step of a cancelled request may still hold blocks
+            self.engine.step()  # scheduled ahead, the last step of a cancelled request may still hold blocks
         raise RuntimeError("vLLM did not drop its prefix cache: some blocks are still in use")
 
     def _reload(self, weights: Mapping[str, Tensor]) -> None:

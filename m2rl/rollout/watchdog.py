@@ -16,9 +16,9 @@ GRACE_S = 10.0  # after the timeout, for a process whose interpreter lock is hel
 class Watchdog:
     """Ends this process when requests are in flight and no token has come for `timeout_s` seconds.
 
-    `progress` is told of every change; a daemon thread does the waiting. On a stall it prints the reason and the stacks of all
-    threads to stderr and exits with status 75; torchrun then ends the other ranks. Should the stall hold the interpreter lock,
-    faulthandler's own thread does the same GRACE_S later.
+    `progress` is told of every change; a daemon thread does the waiting. On a stall it prints the reason and the stacks of
+    all threads to stderr and exits with status 75; torchrun then ends the other ranks. Should the stall hold the
+    interpreter lock, faulthandler's own thread does the same GRACE_S later.
     """
 
     def __init__(self, timeout_s: float, what: str):
@@ -37,7 +37,7 @@ class Watchdog:
         if pending == 0 and self.pending:
             faulthandler.cancel_dump_traceback_later()
             self._armed_at = 0.0
-        elif pending and self.since == now and now - self._armed_at > min(1.0, self.timeout_s / 4):  # arming starts a thread
+        elif pending and self.since == now and now - self._armed_at > min(1.0, self.timeout_s / 4):  # it starts a thread
             faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True)
             self._armed_at = now
         self.pending, self.tokens = pending, tokens
@@ -51,26 +51,26 @@ class Watchdog:
             silent = time.monotonic() - self.since
             if self.pending and silent > self.timeout_s:
                 rank = os.environ.get("RANK", "0")
-                print(f"m2rl: rank {rank}: {self.what} generated no token for {silent:.0f} s with {self.pending} requests in "
-                      f"flight (rollout.stall_timeout_s = {self.timeout_s:g}); ending this rank with status {EXIT_STATUS}. The "
-                      "same command resumes from the last complete checkpoint. Stacks of all threads:",
+                print(f"m2rl: rank {rank}: {self.what} generated no token for {silent:.0f} s with {self.pending} requests "
+                      f"in flight (rollout.stall_timeout_s = {self.timeout_s:g}); this rank ends with status {EXIT_STATUS}, "
+                      "the same command resumes from the last complete checkpoint. Stacks of all threads:",
                       file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
                 os._exit(EXIT_STATUS)
 
 
-def remove_stale_segments(pattern: str, folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> tuple[list[str], list[str]]:
+def remove_stale_segments(pattern: str, folder: Path = Path("/dev/shm")) -> tuple[list[str], list[str]]:
     """Delete this user's shared-memory segments matching `pattern` that no process maps any more.
 
-    A process that ends hard (a kill, the watchdog) leaves its named segments behind, and the next one cannot create them.
+    A process that ends hard (a kill, the watchdog) leaves its named segments behind, and the next cannot create them.
     Returns the names deleted and the names still in use.
     """
     mine = [p for p in folder.glob(pattern) if p.stat().st_uid == os.getuid()] if folder.is_dir() else []
     if not mine:
         return [], []
     mapped = set()
-    for maps in processes.glob("[0-9]*/maps"):
+    for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             text = maps.read_text(errors="replace")
         except OSError:  # gone meanwhile, or another user's

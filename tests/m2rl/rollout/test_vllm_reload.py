@@ -1,0 +1,237 @@
+"""The real vLLM on the CPU, as it is installed: weights go through its reload route."""
+
+import signal
+
+import psutil
+import pytest
+import served
+import torch
+import torch.distributed as dist
+from served import CLOSE, CONFIG, CPU, END, perturb, prompt, requests, restore, worst
+
+from m2rl.rollout.engine import Request, generate, sample_seed
+from m2rl.rollout.native import NativeEngine
+
+pytestmark = served.needs_vllm
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """started(family, tied) -> (engine, policy), synchronised once. One process may hold several engines."""
+    from m2rl.rollout.vllm import VllmEngine
+
+    made = {}
+
+    def start(family: str, tied: bool):
+        if (family, tied) not in made:
+            folder = served.save(tmp_path_factory.mktemp("model"), family, tied)
+            policy = served.policy(folder)
+            engine = VllmEngine(CONFIG, str(folder), CPU, [END])
+            engine.sync(policy, 0)
+            made[family, tied] = engine, policy
+        return made[family, tied]
+
+    yield start
+    for engine, _ in made.values():
+        engine.close()
+
+
+@pytest.fixture
+def one(started):
+    """The built-in model's architecture, for what does not depend on it."""
+    return started("qwen3", True)
+
+
+@pytest.fixture(params=["qwen3 tied", "qwen3 untied", "llama untied", "qwen2 tied"])
+def each(request, started):
+    family, head = request.param.split()
+    return started(family, head == "tied")
+
+
+def test_logp_is_transformers_before_and_after_an_update(each):
+    engine, policy = each
+    assert engine.route == "reload"
+    for version, temperature in enumerate((0.7, 1.0, 0.0)):
+        asked = requests(8, temperature)
+        answers = generate(engine, asked)
+        assert {a.weight_version for a in answers} == {version}
+        assert worst(served.transformers(policy), asked, answers) < CLOSE, f"temperature {temperature}"
+        perturb(policy, version)
+        assert worst(served.transformers(policy), asked, answers) > 0.1, "the update must be visible"
+        engine.sync(policy, version + 1)
+    assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+
+
+def test_restored_weights_restore_the_output_bitwise(each):
+    engine, policy = each
+    asked = requests(6)
+    first = generate(engine, asked)
+    before = perturb(policy, 5)
+    engine.sync(policy, 20)
+    other = generate(engine, asked)
+    restore(policy, before)
+    engine.sync(policy, 21)
+    again = generate(engine, asked)
+    assert [a.tokens for a in first] != [a.tokens for a in other]
+    assert [(a.tokens, a.logp) for a in first] == [(a.tokens, a.logp) for a in again]
+
+
+def test_a_forgotten_prefix_cache_reset_would_be_seen(one, monkeypatch):
+    engine, policy = one
+    asked = requests(4, new=2)
+    generate(engine, asked)
+    perturb(policy, 6)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_drop_prefix_cache", lambda: None)
+        engine.sync(policy, 30)
+        assert worst(served.transformers(policy), asked, generate(engine, asked)) > 100 * CLOSE
+    engine.sync(policy, 31)
+    assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+
+
+def test_group_members_differ_and_a_seed_repeats_in_any_batch(one):
+    engine, _ = one
+    same = [Request(i, prompt(3), sample_seed(0, 1, "p", i), 24) for i in range(8)]
+    batch = generate(engine, same)
+    assert len({tuple(a.tokens) for a in batch}) == 8
+    alone = [generate(engine, [r])[0] for r in reversed(same)][::-1]
+    assert [a.tokens for a in alone] == [a.tokens for a in batch]
+
+
+def test_the_models_own_sampling_defaults_are_ignored(one):
+    """Its generation_config.json asks for top_k = 1, and for another end token."""
+    engine, _ = one
+    answers = generate(engine, [Request(i, prompt(1, 20), i, 40) for i in range(32)])
+    assert len({a.tokens[0] for a in answers}) > 1
+    assert any(5 in a.tokens[:-1] for a in answers)
+
+
+def test_finish_reasons_and_end_tokens(one):
+    engine, _ = one
+    answers = generate(engine, [Request(i, prompt(i, 20), i, 40) for i in range(64)])
+    for a in answers:
+        assert len(a.tokens) == len(a.logp) and all(x <= 0 for x in a.logp)
+        assert END not in a.tokens[:-1]
+        assert a.finish == ("stop" if a.tokens[-1] == END else "length")
+        assert a.finish == "stop" or len(a.tokens) == 40
+    assert {a.finish for a in answers} == {"stop", "length"}
+
+
+def test_results_come_one_by_one_while_others_decode(one):
+    engine, _ = one
+    engine.submit([Request(i, prompt(i, 30), i, new) for i, new in enumerate((2, 30, 4))])
+    order = []
+    while engine.pending:
+        order += [(f.id, engine.pending) for f in engine.poll()]
+    assert [i for i, _ in order] == [0, 2, 1]
+    assert [left for _, left in order] == [2, 1, 0]
+
+
+def test_cancel_returns_what_there_is_and_the_rest_goes_on(one):
+    engine, policy = one
+    asked = requests(4, temperature=1.0)
+    whole = generate(engine, asked)
+    engine.submit(asked)
+    for _ in range(6):
+        engine.poll()
+    cut = engine.cancel([1, 3, 99])
+    assert [c.id for c in cut] == [1, 3] and {c.finish for c in cut} == {"abort"}
+    for c in cut:
+        n = len(c.tokens)
+        assert 0 < n < len(whole[c.id].tokens) and c.tokens == whole[c.id].tokens[:n] and c.logp == whole[c.id].logp[:n]
+    rest = []
+    while engine.pending:
+        rest += engine.poll()
+    assert {f.id: f.tokens for f in rest} == {i: whole[i].tokens for i in (0, 2)}
+    engine.submit(asked)
+    engine.poll()
+    engine.cancel(range(4))
+    engine.sync(policy, 40)  # nothing of the cancelled requests may keep the cache from being dropped
+    assert [a.tokens for a in generate(engine, asked)] == [w.tokens for w in whole]
+
+
+def test_agrees_with_the_native_engine(one):
+    """The same policy behind the same seam: greedy responses are equal token for token."""
+    engine, policy = one
+    native = NativeEngine(policy.config, CPU, torch.float32, 8, [END])
+    native.sync(policy, 0)
+    asked = requests(4, temperature=0.0)
+    for a, b in zip(generate(engine, asked), generate(native, asked)):
+        assert a.tokens == b.tokens and a.finish == b.finish
+        assert torch.allclose(torch.tensor(a.logp), torch.tensor(b.logp), atol=CLOSE)
+
+
+def test_misuse_is_refused_by_name(one, tmp_path):
+    from m2rl.rollout.vllm import VllmEngine
+
+    engine, policy = one
+    for bad, why in ((Request(1, (), 0, 4), "must not be empty"), (Request(1, (2,), 0, 0), "at least 1, got 0"),
+                     (Request(1, prompt(0, 350), 0, 40), "exceed the engine's 360")):
+        with pytest.raises(ValueError, match=why):
+            engine.submit([bad])
+    engine.submit([Request(1, prompt(0), 0, 4)])
+    with pytest.raises(ValueError, match="in flight already"):
+        engine.submit([Request(1, prompt(0), 0, 4)])
+    with pytest.raises(RuntimeError, match="1 requests in flight"):
+        engine.sync(policy, 50)
+    engine.cancel([1])
+    unsynced = VllmEngine(CONFIG, str(served.save(tmp_path)), CPU, [END])
+    unsynced.submit([Request(1, prompt(0), 0, 4)])
+    with pytest.raises(RuntimeError, match="call sync first"):
+        unsynced.poll()
+    unsynced.close()
+
+
+def test_a_missing_or_unknown_weight_is_named(one):
+    engine, policy = one
+    weights = dict(policy.model.named_parameters())
+    gone = weights.pop("model.layers.1.self_attn.k_proj.weight")
+    with pytest.raises(RuntimeError, match=r"not in the policy \['model.layers.1.self_attn.k_proj.weight'\]"):
+        engine.load(weights, 60)
+    with pytest.raises(RuntimeError, match=r"not in vLLM \['extra'\]"):
+        engine.load(weights | {"model.layers.1.self_attn.k_proj.weight": gone, "extra": gone}, 60)
+
+
+def test_whole_tensors_load_as_a_policy_does(one):
+    """A merge in a sweep: named tensors, never on disk."""
+    engine, policy = one
+    merged = {n: p * 0.9 for n, p in policy.model.named_parameters()}
+    engine.load(merged, 70)
+    asked = requests(4)
+    answers = generate(engine, asked)
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    for p in policy.parameters():
+        p.mul_(0.9)
+    assert worst(served.transformers(policy), asked, answers) < CLOSE
+    restore(policy, before)
+    engine.sync(policy, 71)
+
+
+def test_many_syncs_do_not_grow_the_process(one):
+    engine, policy = one
+    process = psutil.Process()
+    for version in range(5):
+        engine.sync(policy, 80 + version)
+    before = process.memory_info().rss
+    for version in range(60):
+        engine.sync(policy, 90 + version)
+    assert process.memory_info().rss - before < 60 * 4 * sum(p.numel() for p in policy.parameters()) // 4
+
+
+def test_the_trainers_process_is_left_as_it_was(one):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # vLLM's CPU worker replaces this function by one that does nothing
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert dist.is_initialized()  # vLLM's, where the trainer had none: collecting the engine would take it away
+
+
+def test_sleep_and_wake_change_nothing_on_the_cpu(one):
+    engine, _ = one
+    asked = requests(2)
+    before = generate(engine, asked)
+    engine.sleep()
+    engine.wake()
+    assert [a.tokens for a in generate(engine, asked)] == [a.tokens for a in before]
