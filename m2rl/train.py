@@ -31,7 +31,7 @@ from m2rl import checkpoint, embedded, metrics
 from m2rl.config import Config, build, check, differing_keys, load, read_toml, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
-from m2rl.evaluate import Score, average, score
+from m2rl.evaluate import EVAL_STEP, Score, average, end_tokens, score
 from m2rl.launch import Stopping, exit_with, on_rank_0, process_group
 from m2rl.learner import Learner
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
@@ -45,7 +45,6 @@ from m2rl.types import InputError, Prompt, Sample, StepStats
 MAX_SKIPPED_IN_A_ROW = 3
 PROBE_TOKENS = 64
 PROBE_K3 = 1e-3
-EVAL_STEP = -1  # evaluation draws from its own random stream, the same before, during and after training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,11 +290,12 @@ class Run:
 
     def build_engine(self) -> Engine:
         r = self.config.rollout
+        end = end_tokens(self.tokenizer, self.policy.model.generation_config)
         if r.engine == "vllm":
             from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
 
-            return VllmEngine(self.config, self.model_path, self.device, end_tokens(self.policy, self.tokenizer))
-        return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end_tokens(self.policy, self.tokenizer))
+            return VllmEngine(self.config, self.model_path, self.device, end)
+        return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end)
 
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
         c, phases = self.config, Phases()
@@ -424,18 +424,6 @@ class Run:
         say(f"Files      {self.folder}/  (summary.json, metrics.jsonl, rollouts.jsonl, config.toml, model/)")
         say("Next       torchrun -m m2rl.train --help            every option\n"
             "           torchrun -m m2rl.train --config my.toml  your model, your data (README, \"Real input\")")
-
-
-def end_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a response: the tokenizer's and the model's generation config's."""
-    ids = {tokenizer.eos_token_id}
-    generation = policy.model.generation_config
-    listed = generation.eos_token_id if generation is not None else None
-    ids |= set(listed if isinstance(listed, list) else [listed])
-    found = {i for i in ids if i is not None}
-    if not found:
-        raise InputError("neither the tokenizer nor generation_config.json names an end-of-sequence token")
-    return found
 
 
 if __name__ == "__main__":

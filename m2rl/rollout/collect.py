@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch.distributed as dist
@@ -19,20 +19,23 @@ class Progress(Protocol):
 
 def collect(engine: Engine, pool: VerifierPool, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], n: int, *,
             seed: int, step: int, max_new_tokens: int, temperature: float, progress: Progress | None = None,
-            gather: bool = True) -> list[Sample]:
+            gather: bool = True, known: Mapping[tuple[str, int], Sample] | None = None,
+            on_sample: Callable[[Sample], None] | None = None) -> list[Sample]:
     """`n` samples per prompt, verified, group by group in the order of `prompts`.
 
     Rank r rolls out prompts r, r + world, ...; with `gather` every rank returns the samples of all. Draws depend only on
-    (seed, step, prompt id, sample index), so the result does not depend on the number of ranks.
+    (seed, step, prompt id, sample index), so the result does not depend on the number of ranks. Samples in `known`, by
+    (prompt id, index), are not generated again; `on_sample` sees every other one of this rank as soon as it is verified.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = list(range(rank, len(prompts), world))
     slots = [(p, i) for p in mine for i in range(n)]
-    samples: list[Sample | None] = [None] * len(slots)
+    known = known or {}
+    samples = [known.get((prompts[p].id, i)) for p, i in slots]
     engine.submit(Request(k, prompts[p].tokens, sample_seed(seed, step, prompts[p].id, i), max_new_tokens, temperature)
-                  for k, (p, i) in enumerate(slots))
+                  for k, (p, i) in enumerate(slots) if samples[k] is None)
     end_ids = set(tokenizer.all_special_ids)
-    verified = 0
+    verified = sum(s is not None for s in samples)
 
     def settle(results) -> int:
         for key, verdict in results:
@@ -40,6 +43,8 @@ def collect(engine: Engine, pool: VerifierPool, tokenizer: PreTrainedTokenizerBa
             assert sample is not None
             sample.status, sample.detail = verdict.status, verdict.detail
             sample.reward = verdict.reward
+            if on_sample:
+                on_sample(sample)
         return len(results)
 
     while engine.pending:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -55,6 +55,10 @@ class Engine(Protocol):
 
     def sync(self, policy: Any, version: int) -> None:
         """Take the policy's weights; collective over the ranks. Drops every cached key and value."""
+        ...
+
+    def load(self, weights: Mapping[str, Any], version: int) -> None:
+        """Take whole tensors by their Hugging Face names, e.g. a merge that was never on disk."""
         ...
 
     def sleep(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,17 +239,19 @@ class NativeEngine:
         for name in ("position", "last", "seed", "limit", "count", "temperature", "drawn", "logp", "done"):
             setattr(self, name, getattr(self, name)[keep])
 
-    @torch.no_grad()
     def sync(self, policy: Any, version: int) -> None:
         """Copy the policy's weights into the engine's storage, whose addresses never change; collective over the ranks."""
+        self.load(full_parameters(policy), version)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         if self.pending:
             raise RuntimeError(f"sync with {self.pending} requests in flight: finish or cancel them first")
         mine = dict(self.model.named_parameters())
-        theirs = full_parameters(policy)
-        if mine.keys() != theirs.keys():
-            raise RuntimeError(f"sync: parameter names differ: {sorted(mine.keys() ^ theirs.keys())}")
+        if mine.keys() != weights.keys():
+            raise RuntimeError(f"sync: parameter names differ: {sorted(mine.keys() ^ weights.keys())}")
         for name, p in mine.items():
-            p.copy_(theirs[name])
+            p.copy_(weights[name])
         self.version = version
 
     def sleep(self) -> None:
