@@ -1,110 +1,20 @@
-"""Rows on disk -> prompts and demonstrations, and the stateless mixture that draws them: batch = f(seed, step).
-
-A row of JSONL or parquet is {"prompt": text or [{"role", "content"}], "domain": ..., and what its verifier needs:
-"answer", "options", "tests", "constraints" ...}; a demonstration has "messages" ending with the assistant, or "prompt" and
-"response". Everything else in a row is handed to the verifier untouched. Bad input is an InputError with file, line, key, rule.
-"""
+"""Rows -> prompts and demonstrations in tokens, and the stateless mixture that draws them: batch = f(seed, step)."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from m2rl.config import Config, Domain
+from m2rl.data.rows import Row, files, normalise, read_records
 from m2rl.domains import check_spec, procedural
 from m2rl.types import InputError, Prompt
-
-NOT_SPEC = {"prompt", "messages", "response", "domain", "id"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a file, normalised but not tokenised."""
-
-    id: str
-    domain: str
-    messages: tuple[Mapping[str, Any], ...] | None  # chat form
-    prompt: str  # text form; "" in chat form
-    response: str | None  # demonstration in text form
-    spec: Mapping[str, Any]
-
-
-def files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and globs name, in sorted order per pattern; InputError for one that names none."""
-    out = []
-    for pattern in patterns:
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-        if not found:
-            raise InputError(f"data: no file {pattern}")
-        out += found
-    return out
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", record) of a .jsonl or .parquet file, streamed."""
-    if path.suffix == ".parquet":
-        try:
-            table = pyarrow.parquet.ParquetFile(path)
-            n = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    n += 1
-                    yield f"{path}:{n}", record
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: not a readable parquet file ({error})") from None
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise InputError(f"{path}: a data file must end in .jsonl or .parquet")
-    with open(path, encoding="utf-8", newline="\n") as lines:  # not str.splitlines: U+2028 may stand inside a string
-        try:
-            for n, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{n}: malformed JSON: {error.msg} at column {error.colno}") from None
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{n}: a row must be a JSON object, got {type(record).__name__}")
-                yield f"{path}:{n}", record
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def normalise(record: Mapping[str, Any], where: str, default_domain: str = "") -> Row:
-    """A record in the plain schema as a Row; InputError names file, line, key and rule."""
-    domain = record.get("domain") or default_domain
-    if not domain:
-        raise InputError(f"{where}: key domain is missing and data.default_domain is not set")
-    prompt, messages, response = record.get("prompt"), record.get("messages"), record.get("response")
-    chat = messages if messages is not None else prompt if isinstance(prompt, list) else None
-    if chat is not None:
-        ok = isinstance(chat, list) and chat and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in chat)
-        if not ok:
-            raise InputError(f"{where}: {'messages' if messages is not None else 'prompt'} must be a list of "
-                             "{role, content} messages")
-    elif not isinstance(prompt, str) or not prompt:
-        raise InputError(f"{where}: key prompt must be a non-empty string or a list of messages, got {prompt!r}")
-    if response is not None and not isinstance(response, str):
-        raise InputError(f"{where}: key response must be a string, got {type(response).__name__}")
-    spec = {k: v for k, v in record.items() if k not in NOT_SPEC and v is not None}
-    key = record.get("id")
-    if key is None:
-        key = hashlib.blake2b(json.dumps([prompt, chat], sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-    return Row(f"{domain}/{key}", str(domain), tuple(chat) if chat is not None else None,
-               "" if chat is not None else str(prompt), response, spec)
-
 
 # ---- tokens -----------------------------------------------------------------------------------------------------------
 
