@@ -16,8 +16,8 @@ GRACE_S = 10.0  # after the timeout, for a process whose interpreter lock is hel
 class Watchdog:
     """Ends this process when requests are in flight and no token has come for `timeout_s` seconds.
 
-    `progress` is told of every change; a daemon thread does the waiting. On a stall it prints the reason and the stacks of
-    all threads to stderr and exits with status 75; torchrun then ends the other ranks. Should the stall hold the
+    `progress` is told of every change; a daemon thread does the waiting. On a stall it prints the reason and the stacks
+    of all threads to stderr and exits with status 75; torchrun then ends the other ranks. Should the stall hold the
     interpreter lock, faulthandler's own thread does the same GRACE_S later.
     """
 
@@ -37,7 +37,7 @@ class Watchdog:
         if pending == 0 and self.pending:
             faulthandler.cancel_dump_traceback_later()
             self._armed_at = 0.0
-        elif pending and self.since == now and now - self._armed_at > min(1.0, self.timeout_s / 4):  # it starts a thread
+        elif pending and self.since == now and now - self._armed_at > min(1.0, self.timeout_s / 4):  # starts a thread
             faulthandler.dump_traceback_later(self.timeout_s + GRACE_S, exit=True)
             self._armed_at = now
         self.pending, self.tokens = pending, tokens
@@ -51,9 +51,9 @@ class Watchdog:
             silent = time.monotonic() - self.since
             if self.pending and silent > self.timeout_s:
                 rank = os.environ.get("RANK", "0")
-                print(f"m2rl: rank {rank}: {self.what} generated no token for {silent:.0f} s with {self.pending} requests "
-                      f"in flight (rollout.stall_timeout_s = {self.timeout_s:g}); this rank ends with status {EXIT_STATUS}, "
-                      "the same command resumes from the last complete checkpoint. Stacks of all threads:",
+                print(f"m2rl: rank {rank}: {self.what} generated no token for {silent:.0f} s with {self.pending} "
+                      f"requests in flight (rollout.stall_timeout_s = {self.timeout_s:g}); this rank ends with status "
+                      f"{EXIT_STATUS}, the same command resumes from the last complete checkpoint. Stacks of all threads:",
                       file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
