@@ -11,8 +11,10 @@ import types
 
 _HOME = {
     "linear_logprob": "linear_logprob",
+    "linear_logprob_forward": "linear_logprob",
     "linear_logprob_backward": "linear_logprob",
-    "linear_kl": "linear_logprob",
+    "linear_kl": "linear_kl",
+    "sampled_reverse_kl": "linear_kl",
     "token_logprob": "token_logprob",
     "policy_loss": "policy_loss",
     "Advantages": "advantages",

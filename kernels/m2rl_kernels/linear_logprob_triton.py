@@ -469,12 +469,12 @@ def backward(c_M, h_M, x_MH, w_VH, y_M, stats, cache_RV, inv_t, need_hidden, nee
     for v in range(0, V, columns):
         ve = min(v + columns, V)
         w_s, y_s, F = w[v:ve], y_M - v, scratch[:, : ve - v]
-        again = slice(R, M) if R < M else None  # recomputed
-        if rest and again is not None:
+        again = slice(R, M)  # recomputed
+        if R < M:
             product(EXPONENTIALS, x[again], w_s, y_s[again], target[again], anchor[again], F[R - done:], inv_t,
-                    at_target=(e_target - S)[again] if h_M is not None and row_scale is None else at_target[again],
+                    at_target=at_target[again],
                     row_scale=None if row_scale is None else row_scale[again], kept_rows=M - R)
-        if h_M is not None:
+        if alpha is not None and beta is not None:
             blocks = triton.cdiv(ve - v, 2048)
             for part, source in ((slice(0, R), cache_RV[:R, v:ve]), (slice(R, M), F[R:])):
                 if part.stop > part.start:
