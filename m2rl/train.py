@@ -302,7 +302,9 @@ class Run:
         with phases("rollout"):
             samples, groups, advantages, replaced = self.rollout(step)
         with phases("pack"):
-            batches = self.batches(samples, advantages)
+            # Weights that have blown up sample NaN log-probabilities: such a rollout teaches nothing and counts as skipped.
+            finite = all(np.isfinite(s.logp).all() for s in samples)
+            batches = self.batches(samples, advantages) if finite else []
         flat = [row for batch in batches for row in batch]
         if reference is not None:
             with phases("reference"):
@@ -312,6 +314,7 @@ class Run:
             with phases("old_logp"):
                 for row, logp in zip(flat, self.learner.score(flat)):
                     row.old_logp = logp
+        stats = StepStats(float("nan"), float("nan"), True, 0, 0)
         with phases("learn"):
             for batch in batches:
                 stats = self.learner.step(batch, objective, step)
