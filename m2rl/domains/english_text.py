@@ -38,12 +38,15 @@ _TOKEN = re.compile(
 )
 _CLITIC = re.compile(r"(?i)(n't|'(?:s|m|d|ll|re|ve|))$")
 _OPENING_QUOTE = re.compile(r"(?i)'(?!(?:s|m|d|t|ll|re|ve)\b)(?=\w)")
-_CLOSERS = frozenset("])}>\"'»”’")
+_CLOSERS = "])}>\"'»”’" + string.whitespace
 
 
 @lru_cache(maxsize=16)
 def tokens(sentence: str) -> tuple[str, ...]:
     """Penn Treebank tokens of one sentence: marks and clitics ("do n't", "it 's") apart, the final period apart."""
+    end = len(sentence.rstrip(_CLOSERS))
+    if sentence[:end].endswith(".") and not sentence[:end].endswith(".."):
+        sentence = f"{sentence[: end - 1]} {sentence[end - 1 :]}"
     out = []
     for run in _TOKEN.findall(sentence):
         if _OPENING_QUOTE.match(run):
@@ -53,11 +56,6 @@ def tokens(sentence: str) -> tuple[str, ...]:
             out += [run[: clitic.start()], clitic.group()]
         else:
             out.append(run)
-    last = len(out) - 1
-    while last > 0 and out[last] in _CLOSERS:
-        last -= 1
-    if out and len(out[last]) > 1 and out[last][-1] == "." and out[last][-2] != ".":
-        out[last : last + 1] = [out[last][:-1], "."]
     return tuple(out)
 
 

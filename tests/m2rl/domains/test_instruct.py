@@ -133,6 +133,7 @@ def test_foo_scores_zero_or_lint_names_the_row():
         ({"id": "punctuation:no_comma"}, "a wren\nYours, as ever"),  # without the last
         ({"id": "punctuation:no_comma"}, "Sure, here\na wren\nYours, as ever"),  # without both
         ({"id": "startend:end_checker", "kwargs": {"end_phrase": "the end"}}, "so *the* end"),  # without asterisks
+        ({"id": "format:no_whitespace"}, "Here it is:\n\nwren \n"),  # and without the whitespace around
         ({"id": "startend:quotation"}, 'Here:\n**"a wren"**\nBye'),  # without both, and without asterisks
     ],
 )
@@ -179,6 +180,9 @@ def test_loose_does_not_accept_a_reading_that_is_blank():
             one("keywords:frequency", keyword=" ", frequency=1, relation="at least"),
             "'keyword' must be a non-blank string",
         ),
+        (one("keywords:existence", keywords=["a", " "]), "'keywords' must be a list of non-blank strings"),
+        (one("keywords:existence", keywords=["a", 3]), "'keywords' must be a list of non-blank strings"),
+        (one("ratio:stop_words", percentage=101), "'percentage' must be a number in [0, 100], got 101"),
         (one("keywords:existence", keywords=[]), "'keywords' must be a list of non-blank strings"),
         (one("keywords:existence", keywords="lamp"), "'keywords' must be a list of non-blank strings, got 'lamp'"),
         (
@@ -243,7 +247,11 @@ def test_a_check_that_fails_is_an_error_with_its_id(monkeypatch):
 
 
 def test_over_long_response_is_not_judged():
-    verdict = instruct.verify("a " * instruct.MAX_RESPONSE_CHARS, {"constraints": [NO_COMMA]})
+    longest = "a" * instruct.MAX_RESPONSE_CHARS
+    assert instruct.verify(longest, {"constraints": [NO_COMMA]}).status == "ok"
+    assert instruct.instruction_results(longest, {"constraints": [NO_COMMA]}) == [True]
+    assert instruct.instruction_results(longest + "a", {"constraints": [NO_COMMA]}) == [False]
+    verdict = instruct.verify(longest + "a", {"constraints": [NO_COMMA]})
     assert (verdict.reward, verdict.status) == (0.0, "error")
     assert "characters" in verdict.detail
 
@@ -258,10 +266,13 @@ RESPONSES = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=60).map(""
 
 @settings(max_examples=120, deadline=None)
 @given(RESPONSES)
-def test_no_response_crashes_a_check(response):
+def test_no_response_crashes_a_check_and_loose_accepts_what_strict_does(response):
     for id in CONSTRAINTS:
-        verdict = instruct.verify(response, {**row_of(id), "mode": "loose"})
-        assert verdict.status in ("ok", "wrong", "unparsed"), (id, verdict)
+        spec = row_of(id)
+        strict, loose = (instruct.verify(response, {**spec, "mode": mode}) for mode in instruct.MODES)
+        assert {strict.status, loose.status} <= {"ok", "wrong", "unparsed"}, (id, strict, loose)
+        assert strict.reward <= loose.reward, id
+        assert [strict.reward == 1.0] == instruct.instruction_results(response, spec), id
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,6 +15,7 @@ LESS, LEAST = "less than", "at least"
 # id -> [(kwargs, satisfying, violating)]
 CASES = {
     "keywords:existence": [
+        ({"keywords": ["Lamp"]}, ["a lamp"], ["a limp"]),
         (
             {"keywords": ["lamp", "oil"]},
             ["A lamp needs oil.", "Lamplight from boiled seeds"],
@@ -86,7 +87,7 @@ CASES = {
     ],
     "detectable_format:number_highlighted_sections": [
         ({"num_highlights": 2}, ["*one* and *two*", "**one** and *two*"], ["*one*", "** **", "*one\ntwo* x", "a * b"]),
-        ({"num_highlights": 1}, ["**one**", "see *this*"], ["****", "* point"]),
+        ({"num_highlights": 1}, ["**one**", "see *this*"], ["****", "* point", "* *"]),
     ],
     "detectable_format:multiple_sections": [
         (
@@ -113,6 +114,7 @@ CASES = {
         ),
     ],
     "combination:repeat_prompt": [
+        ({"prompt_to_repeat": " Name a bird.\n"}, ["Name a bird. A wren."], ["Name birds"]),
         (
             {"prompt_to_repeat": "Name a bird."},
             ["Name a bird. A wren.", "  name A bird.\nwren"],
@@ -184,3 +186,9 @@ def test_language_detection_is_repeatable():
 )
 def test_lower_case_in_another_language_is_not_english(text):
     assert instruct.verify(text, {"constraints": [{"id": "change_case:english_lowercase"}]}).status == "wrong"
+
+
+def test_a_few_words_are_english_whatever_they_are():
+    spec = {"constraints": [{"id": "change_case:english_lowercase"}]}
+    assert instruct.verify("el gato que duerme en casa", spec).status == "ok"
+    assert instruct.verify("el gato que duerme en la casa", spec).status == "wrong"

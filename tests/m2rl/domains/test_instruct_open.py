@@ -10,7 +10,10 @@ TWO_EACH = "Red owls sing. Old oaks bend.\n***\nWe walk home. You stay here.\n* 
 
 # id -> [(kwargs, satisfying, violating)]
 CASES = {
-    "copy:copy": [({"prompt_to_repeat": ASK}, [ASK, f" {ASK.upper()}\n"], [f"{ASK} A wren.", "Name a bird"])],
+    "copy:copy": [
+        ({"prompt_to_repeat": f" {ASK}\n"}, [ASK], ["A wren."]),
+        ({"prompt_to_repeat": ASK}, [ASK, f" {ASK.upper()}\n"], [f"{ASK} A wren.", "Name a bird"]),
+    ],
     "copy:copying_simple": [({"prompt_to_repeat": ASK}, [ASK, ASK.lower()], ["A wren.", f"Sure: {ASK}"])],
     "copy:copying_multiple": [
         (
@@ -28,6 +31,7 @@ CASES = {
         ({"prompt_to_repeat": ASK, "n_start": 5, "n_end": 10}, ["a bird"], ["a bir", "bird"]),
     ],
     "copy:repeat_phrase": [
+        ({"phrase": "old oak bends", "small_n": 1}, ["The old elm bends."], ["The old oak bends."]),
         (
             {"phrase": "The old oak bends low", "small_n": 2},
             [
@@ -41,7 +45,7 @@ CASES = {
                 "The old elm bends low. The elm bends low.",  # a word missing
                 "The old elm bends low. " * 3,
             ],
-        )
+        ),
     ],
     "keywords:word_count_different_numbers": [
         ({"keyword": "tea", "frequency": 2, "relation": "at least"}, ["Tea and tea", "tea tea tea"], ["tea", "coffee"]),
@@ -69,7 +73,9 @@ CASES = {
     "keywords:no_adjacent_consecutive": [
         ({}, ["cats eat apples", "zoo animals", "b a 1 2"], ["a bird", "the Umbrella", "red SUN"])
     ],
-    "keywords:palindrome": [({}, ["a Level plain", "my (kayak)"], ["a b c I", "eel", "11", "plain words"])],
+    "keywords:palindrome": [
+        ({}, ["a Level plain", "my (kayak)"], ["a b c I", "ee oo", "eel", "11", "111", "plain words"])
+    ],
     "keywords:keyword_specific_position": [
         (
             {"keyword": "owl", "n": 2, "m": 3},
