@@ -212,8 +212,15 @@ class Prepared {
 struct Search {
   int64_t list, slot, rank;             // which keys; where the answer goes; how many to keep
   uint32_t lo = 0, hi = 0x7fffffffu;    // the bracket
-  bool store = true, done = false;
-  int64_t above = 0, inside = 0;
+  bool store = true;
+  // A heavy value at an end of the bracket (zero, or a step of bfloat16) is counted, not stored.
+  struct Atom {
+    bool on = false;
+    uint32_t key = 0;
+    int64_t count = 0;
+    std::vector<int64_t> chunk;
+  } top, bottom;
+  int64_t above = 0, inside = 0;        // keys above the bracket and its atoms; keys inside
   std::vector<int64_t> chunk_inside;    // per chunk: how many keys lie in the bracket,
   std::vector<int64_t> chunk_at;        // where they were stored in the thread's buffer,
   std::vector<int32_t> chunk_thread;    // and whose buffer
@@ -269,7 +276,7 @@ class Selector {
 
   // Bracket each rank by 4 standard deviations of a stratified sample.
   void guess(std::vector<Search>& searches) const {
-    const int64_t m = std::min<int64_t>(int64_t{1} << 20, std::max<int64_t>(2048, total_ / 128));
+    const int64_t m = std::min<int64_t>(int64_t{1} << 20, std::max<int64_t>(2048, total_ / 256));
     std::vector<std::vector<uint32_t>> keys(static_cast<size_t>(lists_));
     for (auto& list : keys) list.reserve(static_cast<size_t>(m));
     std::vector<float> d(static_cast<size_t>(in_.experts));
@@ -293,15 +300,22 @@ class Selector {
         keys[0].push_back(magnitude_key(v));
       }
     }
-    for (auto& list : keys) std::sort(list.begin(), list.end(), std::greater<uint32_t>());
     for (auto& s : searches) {
-      const auto& list = keys[static_cast<size_t>(s.list)];
+      auto& list = keys[static_cast<size_t>(s.list)];
       const double share = static_cast<double>(s.rank) / static_cast<double>(total_), size = static_cast<double>(m);
       const double centre = share * size, slack = 4.0 * std::sqrt(size * share * (1.0 - share)) + 3.0;
       const int64_t from = static_cast<int64_t>(std::floor(centre - slack)), upto = static_cast<int64_t>(std::ceil(centre + slack));
-      s.hi = from < 0 ? 0x7fffffffu : list[static_cast<size_t>(from)];
-      s.lo = upto >= m ? 0 : list[static_cast<size_t>(upto)];
+      auto pick = [&](int64_t rank) {
+        std::nth_element(list.begin(), list.begin() + rank, list.end(), std::greater<uint32_t>());
+        return list[static_cast<size_t>(rank)];
+      };
+      s.hi = from < 0 ? 0x7fffffffu : pick(from);
+      s.lo = upto >= m ? 0 : pick(upto);
       s.store = s.lo != s.hi;  // one heavy value: counting is enough
+      if (!s.store) continue;
+      const int64_t heavy = std::max<int64_t>(8, m / 256);
+      if (std::count(list.begin(), list.end(), s.hi) > heavy) s.top.on = true, s.top.key = s.hi--;
+      if (std::count(list.begin(), list.end(), s.lo) > heavy) s.bottom.on = true, s.bottom.key = s.lo++;
     }
   }
 
@@ -355,6 +369,10 @@ class Selector {
     std::vector<int64_t> above(searches.size() * static_cast<size_t>(threads) * 8, 0);  // padded: one cache line per counter
     for (auto* s : searches) {
       s->above = s->inside = 0;
+      for (auto* atom : {&s->top, &s->bottom}) {
+        atom->count = 0;
+        atom->chunk.assign(atom->on ? chunks_.size() : 0, 0);
+      }
       s->chunk_inside.assign(chunks_.size(), 0);
       s->chunk_at.assign(chunks_.size(), 0);
       s->chunk_thread.assign(chunks_.size(), 0);
@@ -381,37 +399,46 @@ class Selector {
           held[j].fetch_add(in, std::memory_order_relaxed);
         }
         s.chunk_inside[static_cast<size_t>(c)] += in;
+        int64_t unused = 0;
+        for (auto* atom : {&s.top, &s.bottom})
+          if (atom->on) ops_.bracket(keys, n, atom->key, atom->key, nullptr, &unused, &atom->chunk[static_cast<size_t>(c)]);
       }
     });
     for (size_t j = 0; j < searches.size(); ++j) {
       for (int t = 0; t < threads; ++t) searches[j]->above += above[(j * static_cast<size_t>(threads) + static_cast<size_t>(t)) * 8];
       for (int64_t in : searches[j]->chunk_inside) searches[j]->inside += in;
+      for (auto* atom : {&searches[j]->top, &searches[j]->bottom})
+        for (int64_t count : atom->chunk) atom->count += count;
     }
   }
 
-  // From a scan to the answer; false if the bracket missed or not all of it was stored.
+  // From a scan to the answer; false if the bracket missed or not all of it was stored: then [lo, hi] and `above` say where to look.
   bool settle(Search& s) const {
-    if (s.rank <= s.above || s.rank > s.above + s.inside) {
-      // the answer lies on a known side of the bracket
-      if (s.rank <= s.above) s.lo = s.hi + 1, s.hi = 0x7fffffffu, s.above = 0;
-      else s.above += s.inside, s.hi = s.lo - 1, s.lo = 0;
+    const int64_t over = s.above - s.top.count, upto = s.above + s.inside;  // keys above everything counted; down to the interior
+    if (s.rank <= over) {
+      s.lo = (s.top.on ? s.top.key : s.hi) + 1, s.hi = 0x7fffffffu, s.above = 0;
       return false;
     }
-    uint32_t threshold = s.lo;
-    int64_t above = s.above, equal = s.inside;
-    if (s.lo != s.hi) {
-      std::vector<uint32_t> all;
-      for (auto& part : s.stored) all.insert(all.end(), part.begin(), part.end());
-      if (static_cast<int64_t>(all.size()) != s.inside) return false;
-      auto nth = all.begin() + (s.rank - s.above - 1);
-      std::nth_element(all.begin(), nth, all.end(), std::greater<uint32_t>());
-      threshold = *nth;
-      equal = 0;
-      for (uint32_t key : all) above += key > threshold, equal += key == threshold;
+    if (s.rank > upto + s.bottom.count) {
+      s.hi = (s.bottom.on ? s.bottom.key : s.lo) - 1, s.lo = 0, s.above = upto + s.bottom.count;
+      return false;
     }
-    int64_t quota = s.rank - above, cut = total_ - 1;
-    if (quota < equal) cut = find_cut(s, threshold, quota);
-    answer(s.slot, threshold, cut, above, equal);
+    if (s.rank <= s.above) return conclude(s, s.top.key, over, s.top.count);
+    if (s.rank > upto) return conclude(s, s.bottom.key, upto, s.bottom.count);
+    if (s.lo == s.hi) return conclude(s, s.lo, s.above, s.inside);
+    std::vector<uint32_t> all;
+    for (auto& part : s.stored) all.insert(all.end(), part.begin(), part.end());
+    if (static_cast<int64_t>(all.size()) != s.inside) return false;
+    auto nth = all.begin() + (s.rank - s.above - 1);
+    std::nth_element(all.begin(), nth, all.end(), std::greater<uint32_t>());
+    int64_t above = s.above, equal = 0;
+    for (uint32_t key : all) above += key > *nth, equal += key == *nth;
+    return conclude(s, *nth, above, equal);
+  }
+
+  bool conclude(const Search& s, uint32_t threshold, int64_t above, int64_t equal) const {
+    const int64_t quota = s.rank - above;
+    answer(s.slot, threshold, quota < equal ? find_cut(s, threshold, quota) : total_ - 1, above, equal);
     return true;
   }
 
@@ -419,7 +446,11 @@ class Selector {
   int64_t find_cut(const Search& s, uint32_t threshold, int64_t quota) const {
     for (size_t c = 0; c < chunks_.size(); ++c) {
       int64_t ties = 0;
-      if (s.lo == s.hi) {
+      if (s.top.on && threshold == s.top.key) {
+        ties = s.top.chunk[c];
+      } else if (s.bottom.on && threshold == s.bottom.key) {
+        ties = s.bottom.chunk[c];
+      } else if (s.lo == s.hi) {
         ties = s.chunk_inside[c];
       } else {
         const uint32_t* keys = s.stored[static_cast<size_t>(s.chunk_thread[c])].data() + s.chunk_at[c];
@@ -473,7 +504,7 @@ class Selector {
       }
       s.above = above;
     }
-    s.store = false;
+    s.store = s.top.on = s.bottom.on = false;
   }
 
   const M2rlTensors& in_;
@@ -649,7 +680,7 @@ int32_t m2rl_merge_apply(const M2rlTensors* in, const M2rlRule* rule, const M2rl
       if (report != nullptr && report->checksum != nullptr) block.checksum(report, t, K + 1, here, out->dtype[t], i, n);
       if (report != nullptr && report->changed != nullptr && in->base != nullptr && in->base[t] != nullptr) {
         ops.load(here, out->dtype[t], n, den);
-        for (int j = 0; j < n; ++j) changed += den[j] != block.b[j];
+        changed += ops.count_different(den, block.b, n);
       }
     }
     if (report != nullptr && report->overflow != nullptr) add(report->overflow + t, overflow);

@@ -51,6 +51,7 @@ struct MergeBlocks {
   void (*sum_abs)(const float* d, int n, double* lanes);
   void (*sum_product)(const float* a, const float* b, int n, double* lanes);
   int64_t (*count_nonzero)(const float* d, int n);
+  int64_t (*count_different)(const float* a, const float* b, int n);
   int64_t (*sum_sign)(const float* s, int n);  // (#positive) - (#negative)
 
   // 64-bit checksum of bytes, a sum over 8-byte words of (low ^ a(i)) * (high ^ b(i)), i = word index from `first`

@@ -63,10 +63,16 @@ inline int64_t count_nonfinite(const void* src, int n) {
   return count;
 }
 
+// The next block of the same stream: the hardware prefetcher loses its way among K + 1 streams.
+inline void prefetch_next(const void* src, int64_t bytes) {
+  for (int64_t at = bytes; at < 2 * bytes; at += 64) __builtin_prefetch(static_cast<const char*>(src) + at);
+}
+
 int64_t load(const void* src, int dtype, int n, float* __restrict dst) {
   return with_dtype(dtype, [=](auto s) -> int64_t {
     using S = decltype(s);
     uint32_t largest = 0;
+    prefetch_next(src, static_cast<int64_t>(n) * sizeof(typename S::Word));
     for (int i = 0; i < n; ++i) {
       typename S::Word w = load_word<typename S::Word>(src, i);
       uint32_t m = w & S::kMagnitude;
@@ -83,6 +89,7 @@ int64_t load_delta(const void* src, int dtype, int n, const float* __restrict b,
     return with_dtype(round, [=](auto r) -> int64_t {
       using R = decltype(r);
       uint32_t largest = 0;
+      prefetch_next(src, static_cast<int64_t>(n) * sizeof(typename S::Word));
       for (int i = 0; i < n; ++i) {
         typename S::Word w = load_word<typename S::Word>(src, i);
         uint32_t m = w & S::kMagnitude;
@@ -170,31 +177,70 @@ void keep_where(float* __restrict d, const float* __restrict v, int n, uint32_t 
   for (int i = 0; i < n; ++i) d[i] = magnitude_key(v[i]) >= threshold ? d[i] : 0.0f;
 }
 
-// Sixteen Philox blocks at once: counters c..c+15 are sixteen lanes of four word vectors.
+// Sixteen Philox blocks at once: counters c..c+15 are sixteen lanes of four word vectors. In the wide versions every 32-bit word
+// sits in the low half of a 64-bit lane; the high half is rubbish, which the 32x32 multiplication does not look at.
+#if defined(M2RL_ISA_avx512)
 inline void philox16(uint64_t counter, uint32_t expert, uint32_t stream, uint64_t key, uint32_t (*__restrict out)[16]) {
-  uint32_t x0[16], x1[16], x2[16], x3[16];
-  for (int q = 0; q < 16; ++q) {
-    x0[q] = static_cast<uint32_t>(counter) + static_cast<uint32_t>(q);  // counter is a multiple of 16: no carry
-    x1[q] = static_cast<uint32_t>(counter >> 32);
-    x2[q] = expert;
-    x3[q] = stream;
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1), ramp = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i low = _mm512_set1_epi64(static_cast<int64_t>(counter & 0xffffffffu)), high = _mm512_set1_epi64(static_cast<int64_t>(counter >> 32));
+  __m512i x0[2] = {_mm512_add_epi64(low, ramp), _mm512_add_epi64(low, _mm512_add_epi64(ramp, _mm512_set1_epi64(8)))}, x1[2] = {high, high};
+  __m512i x2[2], x3[2];
+  for (int h = 0; h < 2; ++h) x2[h] = _mm512_set1_epi64(expert), x3[h] = _mm512_set1_epi64(stream);
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    const __m512i v0 = _mm512_set1_epi64(k0), v1 = _mm512_set1_epi64(k1);
+    for (int h = 0; h < 2; ++h) {
+      __m512i p0 = _mm512_mul_epu32(m0, x0[h]), p1 = _mm512_mul_epu32(m1, x2[h]);
+      x0[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), x1[h], v0, 0x96);
+      x2[h] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), x3[h], v1, 0x96);
+      x1[h] = p1, x3[h] = p0;
+    }
+  }
+  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  _mm512_storeu_si512(out[0], _mm512_permutex2var_epi32(x0[0], evens, x0[1]));
+  _mm512_storeu_si512(out[1], _mm512_permutex2var_epi32(x1[0], evens, x1[1]));
+  _mm512_storeu_si512(out[2], _mm512_permutex2var_epi32(x2[0], evens, x2[1]));
+  _mm512_storeu_si512(out[3], _mm512_permutex2var_epi32(x3[0], evens, x3[1]));
+}
+#elif defined(M2RL_ISA_avx2)
+inline __m256i low_halves(__m256i a, __m256i b) {  // eight words, in order
+  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+  return _mm256_blend_epi32(_mm256_permutevar8x32_epi32(a, order), _mm256_permutevar8x32_epi32(b, order), 0xF0);
+}
+
+inline void philox16(uint64_t counter, uint32_t expert, uint32_t stream, uint64_t key, uint32_t (*__restrict out)[16]) {
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1), ramp = _mm256_setr_epi64x(0, 1, 2, 3);
+  const int64_t low = static_cast<int64_t>(counter & 0xffffffffu), high = static_cast<int64_t>(counter >> 32);
+  __m256i x0[4], x1[4], x2[4], x3[4];
+  for (int h = 0; h < 4; ++h) {
+    x0[h] = _mm256_add_epi64(_mm256_set1_epi64x(low + 4 * h), ramp);
+    x1[h] = _mm256_set1_epi64x(high), x2[h] = _mm256_set1_epi64x(expert), x3[h] = _mm256_set1_epi64x(stream);
   }
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-    for (int q = 0; q < 16; ++q) {
-      uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x0[q], p1 = static_cast<uint64_t>(kPhiloxM1) * x2[q];
-      uint32_t y0 = static_cast<uint32_t>(p1 >> 32) ^ x1[q] ^ k0, y2 = static_cast<uint32_t>(p0 >> 32) ^ x3[q] ^ k1;
-      x1[q] = static_cast<uint32_t>(p1);
-      x3[q] = static_cast<uint32_t>(p0);
-      x0[q] = y0;
-      x2[q] = y2;
+    const __m256i v0 = _mm256_set1_epi64x(k0), v1 = _mm256_set1_epi64x(k1);
+    for (int h = 0; h < 4; ++h) {
+      __m256i p0 = _mm256_mul_epu32(m0, x0[h]), p1 = _mm256_mul_epu32(m1, x2[h]);
+      x0[h] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), x1[h]), v0);
+      x2[h] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), x3[h]), v1);
+      x1[h] = p1, x3[h] = p0;
     }
   }
-  std::memcpy(out[0], x0, 64);
-  std::memcpy(out[1], x1, 64);
-  std::memcpy(out[2], x2, 64);
-  std::memcpy(out[3], x3, 64);
+  for (int h = 0; h < 2; ++h) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[0] + 8 * h), low_halves(x0[2 * h], x0[2 * h + 1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[1] + 8 * h), low_halves(x1[2 * h], x1[2 * h + 1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[2] + 8 * h), low_halves(x2[2 * h], x2[2 * h + 1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[3] + 8 * h), low_halves(x3[2 * h], x3[2 * h + 1]));
+  }
 }
+#else
+inline void philox16(uint64_t counter, uint32_t expert, uint32_t stream, uint64_t key, uint32_t (*__restrict out)[16]) {
+  for (uint64_t q = 0; q < 16; ++q) {
+    Philox4 block = philox4x32_7(counter + q, expert, stream, key);
+    for (int w = 0; w < 4; ++w) out[w][q] = block.word[w];
+  }
+}
+#endif
 
 void keep_random(float* d, int n, uint64_t index, uint32_t expert, uint64_t key, uint64_t threshold) {
   const uint32_t bar = static_cast<uint32_t>(threshold >> 16), fine = static_cast<uint32_t>(threshold & 0xffffu);
@@ -205,6 +251,20 @@ void keep_random(float* d, int n, uint64_t index, uint32_t expert, uint64_t key,
     philox16(span * 16, expert, 0, key, words);
     float* at = d + i - from;
     uint32_t tied = 0;
+#if defined(M2RL_ISA_avx512)
+    if (from == 0 && upto == 128) {
+      const __m512i limit = _mm512_set1_epi32(static_cast<int>(bar)), low = _mm512_set1_epi32(0xffff);
+      __mmask16 equal = 0;
+      for (int w = 0; w < 4; ++w) {
+        const __m512i word = _mm512_loadu_si512(words[w]), first = _mm512_and_si512(word, low), second = _mm512_srli_epi32(word, 16);
+        float *a = at + 16 * w, *b = a + 64;
+        equal |= _mm512_cmpeq_epi32_mask(first, limit) | _mm512_cmpeq_epi32_mask(second, limit);
+        _mm512_storeu_ps(a, _mm512_maskz_loadu_ps(_mm512_cmple_epu32_mask(first, limit), a));
+        _mm512_storeu_ps(b, _mm512_maskz_loadu_ps(_mm512_cmple_epu32_mask(second, limit), b));
+      }
+      tied = equal;
+    } else
+#endif
     if (from == 0 && upto == 128) {
       for (int lane = 0; lane < 8; ++lane) {
         const uint32_t* word = words[lane & 3];
@@ -348,6 +408,12 @@ int64_t count_nonzero(const float* __restrict d, int n) {
   return count;
 }
 
+int64_t count_different(const float* __restrict a, const float* __restrict b, int n) {
+  uint32_t count = 0;
+  for (int i = 0; i < n; ++i) count += a[i] != b[i];
+  return count;
+}
+
 int64_t sum_sign(const float* __restrict s, int n) {
   int32_t total = 0;
   for (int i = 0; i < n; ++i) total += (s[i] > 0.0f) - (s[i] < 0.0f);
@@ -382,6 +448,6 @@ uint64_t checksum(const void* bytes, int64_t size, uint64_t first) {
 extern const MergeBlocks M2RL_TABLE(M2RL_ISA);
 const MergeBlocks M2RL_TABLE(M2RL_ISA) = {
     load,   load_delta, store,  bracket,  keep_above, keep_where, keep_random, keep_factors,  scale,    accumulate, sign,
-    agree,  divide,     finish, variance, ram,        sum_abs,    sum_product, count_nonzero, sum_sign, checksum};
+    agree,  divide,     finish, variance, ram,        sum_abs,    sum_product, count_nonzero, count_different, sum_sign, checksum};
 
 }  // namespace m2rl

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -736,6 +737,10 @@ def merge_many(
     if base is None and any(r.needs_base for r, _ in wanted):
         raise InputError(f"--base is needed by {next(r.method for r, _ in wanted if r.needs_base)}")
     inputs = open_inputs(base, experts)
+    numbers = [int(m.group(1)) for n in inputs.merged if (m := re.search(r"layers\.(\d+)\.", n))]
+    for chosen, _ in wanted:
+        if chosen.per_tensor is not None and hasattr(chosen.per_tensor, "layers"):
+            chosen.per_tensor.layers["last"] = max(numbers, default=0)
     outputs: list[Output] = []
     try:
         for chosen, folder in wanted:
@@ -824,6 +829,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score every combination of --method, --density and --lambda; keep the best",
     )
+    p.add_argument("--evaluate", nargs="+", default=[], help="--sweep: what to score on (default: the five domains)")
+    p.add_argument("--k", type=int, default=8, help="--sweep: samples per problem")
     return p
 
 
@@ -883,6 +890,8 @@ def run(args: argparse.Namespace) -> None:
             densities=args.density or [1.0],
             lambdas=args.lam,
             options=options,
+            evaluate=args.evaluate,
+            k=args.k,
             **shared,
         )
         return

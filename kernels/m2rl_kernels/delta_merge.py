@@ -508,10 +508,15 @@ def spectral(base: Tensor, experts: Sequence[Tensor], r: Recipe) -> Tensor:
         merged = s.mean() * (u @ vt)
     else:
         rank = max(1, min(base.shape) // len(deltas))
-        parts = [torch.linalg.svd(w * d, full_matrices=False) for w, d in zip(r.weights, deltas)]
-        u = _orthogonal(torch.cat([p[0][:, :rank] for p in parts], 1))
-        s = torch.cat([p[1][:rank] for p in parts])
-        v = _orthogonal(torch.cat([p[2][:rank].T for p in parts], 1))
+        parts = []
+        for w, d in zip(r.weights, deltas):
+            u, s, vt = torch.linalg.svd(w * d, full_matrices=False)
+            # directions of singular value ~ 0 are arbitrary, and would turn the others when orthogonalised with them
+            kept = min(rank, int((s > s[0] * max(base.shape) * torch.finfo(torch.float32).eps).sum()))
+            parts.append((u[:, :kept], s[:kept], vt[:kept].T))
+        u = _orthogonal(torch.cat([p[0] for p in parts], 1))
+        s = torch.cat([p[1] for p in parts])
+        v = _orthogonal(torch.cat([p[2] for p in parts], 1))
         merged = (u * s) @ v.T
     return (base.float() + r.lam * merged).to(base.dtype)
 

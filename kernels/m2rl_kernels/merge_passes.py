@@ -199,6 +199,7 @@ class Recipe:
     iterations: int = 10  # Karcher
     seed: int = 0
     preset: str | None = None
+    config: str | None = None  # the text of the recipe file, for the card
     # tensor name -> options that differ for it (weights, density, lam): filters and gradients of a YAML recipe
     per_tensor: Callable[[str], Mapping[str, Any]] | None = field(default=None, compare=False)
 
@@ -212,7 +213,7 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The resolved choices this method reads, for the model card and for fingerprints."""
-        keep = {"method", "weights", "lam", "normalize", "compute_dtype", "preset", *self.rule.uses}
+        keep = {"method", "weights", "lam", "normalize", "compute_dtype", "preset", "config", *self.rule.uses}
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in keep}
         if self.method in ("average", "karcher"):
             del found["lam"]
