@@ -5,9 +5,9 @@
     rloo        r - mean of the group's others = n_g / (n_g - 1) (r - mean_g)
     batch_std  (r - mean_g) / (std_batch + eps)          std: unbiased, over all rewards of the call
 
-A NaN reward is a missing sample: it counts in no mean, no std and no n_g, and its advantage is 0. A group is live when it has two
-present rewards that differ; every advantage of a group that is not live is exactly 0, and so is its std. Mean and variance are
-two-pass and in float64 inside, so equal rewards give exactly zero and a common offset of the rewards costs no accuracy.
+A NaN reward is a missing sample: it counts in no mean, no std and no n_g, and its advantage is 0. A group is live when
+it has two present rewards that differ; every advantage of a group that is not live is exactly 0, and so is its std.
+Mean and variance are two-pass and in float64 inside: a common offset of the rewards costs no accuracy.
 
 Letters: S samples, G groups, T tokens. Errors: ValueError. Error bound: 1e-6 * max|r| / (std + eps) against float64.
 Sources: GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740; the paper's setting is grpo with eps 1e-6, groups of 16.
@@ -15,6 +15,7 @@ Sources: GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740; the paper's sett
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -35,16 +36,18 @@ def group_advantages(rewards: Tensor, group_offsets: Tensor, mode: str = "grpo",
                      cu_seqlens: Tensor | None = None, *, total_tokens: int | None = None) -> Advantages:
     """Advantages of samples that lie group by group: group g is rewards[group_offsets[g]:group_offsets[g + 1]].
 
-    rewards [S] float32 or float64; NaN = missing. group_offsets [G+1] int32 or int64, rising from 0 to S; empty groups are allowed.
-    eps: added to the std (grpo, batch_std). cu_seqlens [S+1] int32 or int64: also broadcast to tokens (sample s owns tokens
-    cu_seqlens[s]:cu_seqlens[s + 1]); total_tokens = cu_seqlens[-1] spares CUDA the synchronisation that reads it.
+    rewards [S] float32 or float64; NaN = missing. group_offsets [G+1] int32 or int64, rising from 0 to S; a group may
+    be empty. eps: added to the std (grpo, batch_std). cu_seqlens [S+1] int32 or int64: also broadcast to tokens
+    (sample s owns tokens cu_seqlens[s]:cu_seqlens[s + 1]); total_tokens = cu_seqlens[-1] spares CUDA the
+    synchronisation that reads it.
 
     ValueError names the argument, the rule and the value.
     """
     _check(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens)
     if cu_seqlens is not None and total_tokens is None:
         total_tokens = int(cu_seqlens[-1])
-    adv, mean, std, live, token_adv = group_advantages_op(rewards, group_offsets, mode, float(eps), cu_seqlens, total_tokens or 0)
+    adv, mean, std, live, token_adv = group_advantages_op(rewards, group_offsets, mode, float(eps), cu_seqlens,
+                                                          total_tokens or 0)
     return Advantages(adv, mean, std, live, None if cu_seqlens is None else token_adv)
 
 
@@ -52,21 +55,21 @@ def group_advantages_ref(rewards, group_offsets, mode="grpo", eps=1e-6, cu_seqle
     """The definition, group by group in float64."""
     r, bounds = rewards.double(), group_offsets.tolist()
     adv, live, means, stds = torch.zeros_like(r), torch.zeros(len(r), dtype=torch.bool), [], []
-    batch = r[~r.isnan()].std() if mode == "batch_std" else None
-    for a, b in zip(bounds[:-1], bounds[1:]):
+    batch = r[~r.isnan()].std() if (~r.isnan()).sum() > 1 else r.new_zeros(())
+    for a, b in itertools.pairwise(bounds):
         x = r[a:b][~r[a:b].isnan()]
         means.append(x.mean())
         alive = len(x) > 1 and bool(x.min() < x.max())
         stds.append(x.std() if alive else r.new_zeros(()))
         if alive:
-            scale = {"grpo": 1 / (stds[-1] + eps), "dr_grpo": 1.0, "rloo": len(x) / (len(x) - 1)}
+            divisor = {"grpo": stds[-1] + eps, "dr_grpo": 1.0, "rloo": 1 - 1 / len(x), "batch_std": batch + eps}[mode]
             live[a:b] = ~r[a:b].isnan()
-            adv[a:b] = (r[a:b] - means[-1]).nan_to_num(0.0) * (1 / (batch + eps) if mode == "batch_std" else scale[mode])
+            adv[a:b] = (r[a:b] - means[-1]).nan_to_num(0.0) / divisor
     token_adv = None if cu_seqlens is None else adv.repeat_interleave(cu_seqlens.long().diff())
     return Advantages(adv, r.new_tensor(means), r.new_tensor(stds), live, token_adv)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _require(condition, message) -> None:
@@ -97,27 +100,32 @@ def _offsets(name: str, x: Tensor, device: torch.device, last: int | None) -> No
                          f"{x[:4].tolist()} ... {x[-4:].tolist()}")
 
 
-# ---- torch.library operation ---------------------------------------------------------------------------------------------------
+# ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("m2rl::group_advantages", mutates_args=())
 def group_advantages_op(rewards: Tensor, group_offsets: Tensor, mode: str, eps: float, cu_seqlens: Tensor | None,
                         total_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(adv, mean, std, live, token_adv); token_adv is empty without cu_seqlens."""
-    return _group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens)
+    if rewards.is_cuda:
+        from m2rl_kernels.advantages_triton import group_advantages_triton
+
+        return group_advantages_triton(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens)
+    return group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens)
 
 
 @group_advantages_op.register_fake
 def _(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens):
     G = group_offsets.shape[0] - 1
     return (rewards.new_empty(rewards.shape), rewards.new_empty(G), rewards.new_empty(G),
-            rewards.new_empty(rewards.shape, dtype=torch.bool), rewards.new_empty(total_tokens if cu_seqlens is not None else 0))
+            rewards.new_empty(rewards.shape, dtype=torch.bool),
+            rewards.new_empty(total_tokens if cu_seqlens is not None else 0))
 
 
-# ---- CPU -----------------------------------------------------------------------------------------------------------------------
+# ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens):
+def group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens):
     G, sizes = len(group_offsets) - 1, group_offsets.long().diff()
     r = rewards.double()
     group = torch.repeat_interleave(torch.arange(G), sizes)
@@ -125,11 +133,13 @@ def _group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens):
     x = torch.where(present, r, 0.0)
     n = torch.zeros(G, dtype=torch.float64).index_add_(0, group, present.double())
     mean = torch.zeros(G, dtype=torch.float64).index_add_(0, group, x) / n  # 0/0 = NaN where no reward is present
-    low = torch.full((G,), torch.inf, dtype=torch.float64).scatter_reduce_(0, group, torch.where(present, r, torch.inf), "amin")
-    high = torch.full((G,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, group, torch.where(present, r, -torch.inf), "amax")
-    alive = low < high
+    inf = torch.full((G,), torch.inf, dtype=torch.float64)
+    low = inf.scatter_reduce(0, group, torch.where(present, r, torch.inf), "amin")
+    high = inf.neg().scatter_reduce(0, group, torch.where(present, r, -torch.inf), "amax")
+    alive = low < high  # not std > 0: the mean of equal rewards may round
     deviation = torch.where(present & alive[group], r - mean[group], 0.0)
-    std = (torch.zeros(G, dtype=torch.float64).index_add_(0, group, deviation * deviation) / (n - 1).clamp(min=1)).sqrt()
+    square = torch.zeros(G, dtype=torch.float64).index_add_(0, group, deviation * deviation)
+    std = (square / (n - 1).clamp(min=1)).sqrt()
     if mode == "grpo":
         scale = 1 / (std + eps)
     elif mode == "rloo":

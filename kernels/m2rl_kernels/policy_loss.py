@@ -1,19 +1,20 @@
-"""Per-token policy losses and KL estimators on [N] vectors, with closed-form gradients and statistics that stay on the device.
+"""Per-token policy losses and KL estimators on [N] vectors: closed-form gradients, statistics that stay on the device.
 
     loss = sum_t weight_t * ( tis_t * pg_t + kl_coef * KL_t - entropy_coef * entropy_t )
 
     r_t   = exp(logp_t - old_t);  gspo: exp(mean over the sequence of logp - old), one ratio for all of its tokens
-    pg_t  = max(-A_t r_t, -A_t clip(r_t, 1 - eps_low, 1 + eps_high))        grpo, gspo;  where A_t < 0, at most -dual_clip A_t
-            -A_t sg[clip(r_t, 1 - eps_low, 1 + eps_high)] logp_t            cispo        (sg: no gradient)
-            -A_t logp_t                                                     reinforce
-    tis_t = sg[min(exp(old_t - behaviour_t), tis_cap)]                      truncated importance sampling
+    pg_t  = max(-A_t r_t, -A_t clip(r_t, 1 - eps_low, 1 + eps_high))   grpo, gspo; where A_t < 0 at most -dual_clip A_t
+            -A_t sg[clip(r_t, 1 - eps_low, 1 + eps_high)] logp_t       cispo (sg: no gradient)
+            -A_t logp_t                                                reinforce
+    tis_t = sg[min(exp(old_t - behaviour_t), tis_cap)]                 truncated importance sampling
     KL_t  = -d (k1),  d^2 / 2 (k2),  exp(d) - d - 1 (k3)   with d = ref_t - logp_t
 
-There is no denominator here: `weight` carries it, so the gradient cannot depend on how tokens were packed. A token of weight 0 adds
-exactly 0 to the loss and to every gradient, whatever its other values are (NaN included).
+There is no denominator here: `weight` carries it, so the gradient cannot depend on how tokens were packed. A token of
+weight 0 adds exactly 0 to the loss and to every gradient, whatever its other values are (NaN included).
 
-Sources: PPO 1707.06347, dual clip 1912.09729, GRPO 2402.03300, DAPO (eps_high) 2503.14476, CISPO 2506.13585, GSPO 2507.18071,
-k1/k2/k3: Schulman, "Approximating KL divergence", 2020. TRL writes CISPO's bound as its epsilon_high: eps_low=1, eps_high=bound - 1.
+Sources: PPO 1707.06347, dual clip 1912.09729, GRPO 2402.03300, DAPO (eps_high) 2503.14476, CISPO 2506.13585, GSPO
+2507.18071, k1/k2/k3: Schulman, "Approximating KL divergence", 2020. TRL writes CISPO's bound as its epsilon_high:
+eps_low=1, eps_high=bound - 1.
 
 Letters: N trained tokens, S sequences, D segments (domains). Log-probabilities are in nats, natural logarithm.
 Cost: one read of at most seven [N] vectors, one write of one or two. One launch on CUDA (Triton).
@@ -47,43 +48,49 @@ STATS = (
 
 
 def policy_loss(logp_N: Tensor, behaviour_logp_N: Tensor | None, advantage_N: Tensor, weight_N: Tensor, *,
-                old_logp: Tensor | None = None, ref_logp: Tensor | None = None, kind: str = "grpo", eps_low: float = 0.2,
-                eps_high: float = 0.28, dual_clip: float | None = None, tis_cap: float | None = 2.0, kl: str = "k3",
-                kl_coef: float = 0.0, entropy: Tensor | None = None, entropy_coef: float = 0.0,
-                cu_seqlens: Tensor | None = None, segment: Tensor | None = None,
+                old_logp: Tensor | None = None, ref_logp: Tensor | None = None, kind: str = "grpo",
+                eps_low: float = 0.2, eps_high: float = 0.28, dual_clip: float | None = None,
+                tis_cap: float | None = 2.0, kl: str = "k3", kl_coef: float = 0.0, entropy: Tensor | None = None,
+                entropy_coef: float = 0.0, cu_seqlens: Tensor | None = None, segment: Tensor | None = None,
                 n_segments: int = 1) -> tuple[Tensor, Tensor]:
-    """(loss, stats): the weighted sum of the tokens' losses, a float32 scalar differentiable in logp and entropy, and the raw sums
-    [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation.
+    """(loss, stats): the weighted sum of the tokens' losses, a float32 scalar differentiable in logp and entropy, and
+    the raw sums [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation.
 
-    logp, behaviour_logp, advantage, weight, old_logp, ref_logp, entropy: [N] float32 (logp float64: the reference runs, for gradcheck).
-    behaviour_logp None: no importance correction. old_logp None: strictly on-policy, old is logp without gradient.
-    tis_cap None: no importance correction, the mismatch is still measured. dual_clip None: off; otherwise above 1.
-    ref_logp None: no KL; kl_coef must then be 0. entropy is only measured while entropy_coef is 0.
+    logp, behaviour_logp, advantage, weight, old_logp, ref_logp, entropy: [N] float32 (logp float64: the reference
+    runs, for gradcheck). behaviour_logp None: no importance correction. old_logp None: strictly on-policy, old is logp
+    without gradient. tis_cap None: no importance correction, the mismatch is still measured. dual_clip None: off;
+    otherwise above 1. ref_logp None: no KL; kl_coef must then be 0. entropy is only measured while entropy_coef is 0.
     cu_seqlens: int32 [S+1] from 0 to N, needed by gspo alone; every token belongs to one sequence.
-    segment: int64 [N] in [0, n_segments), the row of stats a token counts in; a value outside counts in none. None: all in row 0.
+    segment: int64 [N] in [0, n_segments), the row of stats a token counts in; a value outside counts in none. None:
+    all in row 0.
 
     ValueError names the argument, the rule and the value.
     """
     tensors = {"behaviour_logp": behaviour_logp_N, "advantage": advantage_N, "weight": weight_N, "old_logp": old_logp,
                "ref_logp": ref_logp, "entropy": entropy}
-    _check(logp_N, tensors, kind, eps_low, eps_high, dual_clip, tis_cap, kl, kl_coef, entropy_coef, cu_seqlens, segment, n_segments)
+    _check(logp_N, tensors, kind, eps_low, eps_high, dual_clip, tis_cap, kl, kl_coef, entropy_coef, cu_seqlens, segment,
+           n_segments)
     if logp_N.dtype == torch.float64:
-        return policy_loss_ref(logp_N, behaviour_logp_N, advantage_N, weight_N, old_logp, ref_logp, kind, eps_low, eps_high,
-                               dual_clip, tis_cap, kl, kl_coef, entropy, entropy_coef, cu_seqlens, segment, n_segments)
+        return policy_loss_ref(logp_N, behaviour_logp_N, advantage_N, weight_N, old_logp, ref_logp, kind, eps_low,
+                               eps_high, dual_clip, tis_cap, kl, kl_coef, entropy, entropy_coef, cu_seqlens, segment,
+                               n_segments)
     loss, stats, _, _ = policy_loss_fwd(
-        logp_N, behaviour_logp_N, advantage_N, weight_N, old_logp, ref_logp, entropy, cu_seqlens if kind == "gspo" else None,
-        segment, kind, float(eps_low), float(eps_high), None if dual_clip is None else float(dual_clip),
-        None if tis_cap is None else float(tis_cap), kl, float(kl_coef), float(entropy_coef), n_segments)
+        logp_N, behaviour_logp_N, advantage_N, weight_N, old_logp, ref_logp, entropy,
+        cu_seqlens if kind == "gspo" else None, segment, kind, float(eps_low), float(eps_high),
+        None if dual_clip is None else float(dual_clip), None if tis_cap is None else float(tis_cap), kl,
+        float(kl_coef), float(entropy_coef), n_segments)
     return loss, stats
 
 
-def policy_loss_ref(logp, behaviour, advantage, weight, old=None, ref=None, kind="grpo", eps_low=0.2, eps_high=0.28, dual_clip=None,
-                    tis_cap=2.0, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None, segment=None, n_segments=1):
+def policy_loss_ref(logp, behaviour, advantage, weight, old=None, ref=None, kind="grpo", eps_low=0.2, eps_high=0.28,
+                    dual_clip=None, tis_cap=2.0, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None,
+                    segment=None, n_segments=1):
     """The definition, in the dtype of logp, with torch's autograd."""
     old = logp.detach() if old is None else old
     r = (_sequence_mean(logp - old, cu_seqlens) if kind == "gspo" else logp - old).exp()
     clipped = r.clamp(1 - eps_low, 1 + eps_high)
-    tis = torch.ones_like(logp) if behaviour is None or tis_cap is None else (old - behaviour).exp().clamp(max=tis_cap).detach()
+    uncorrected = behaviour is None or tis_cap is None
+    tis = torch.ones_like(logp) if uncorrected else (old - behaviour).exp().clamp(max=tis_cap).detach()
     pg = -advantage * {"reinforce": logp, "cispo": clipped.detach() * logp}.get(kind, r)
     if kind in ("grpo", "gspo"):
         pg = torch.maximum(pg, -advantage * clipped)
@@ -109,10 +116,9 @@ def _stats_ref(v: dict) -> Tensor:
         clip = (A > 0) & high | (A < 0) & low
         clip = clip if v["dual_clip"] is None else clip | (A < 0) & (r > v["dual_clip"])
     m = zero if behaviour is None else v["old"] - behaviour
-    off = behaviour is None or v["tis_cap"] is None
-    columns = [one, weight, weight * A.abs(), v["loss"], logp, zero if v["entropy"] is None else v["entropy"], r, clip, -m,
-               m.exp() - m - 1, m.abs().exp(), v["tis"], zero if off else m.exp() > v["tis_cap"], -v["d"],
-               v["d"].exp() - v["d"] - 1]
+    columns = [one, weight, weight * A.abs(), v["loss"], logp, zero if v["entropy"] is None else v["entropy"], r, clip,
+               -m, m.exp() - m - 1, m.abs().exp(), v["tis"], zero if v["uncorrected"] else m.exp() > v["tis_cap"],
+               -v["d"], v["d"].exp() - v["d"] - 1]
     table = torch.stack([c.detach().to(logp.dtype) for c in columns], 1)
     segment = torch.zeros_like(logp, dtype=torch.int64) if v["segment"] is None else v["segment"].long()
     inside = (segment >= 0) & (segment < v["n_segments"])
@@ -126,7 +132,7 @@ def _sequence_mean(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (x_N.new_zeros(len(lengths)).index_add(0, sequence, x_N) / lengths.clamp(min=1))[sequence]
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _require(condition, message) -> None:
@@ -142,51 +148,59 @@ def _check(logp, tensors, kind, eps_low, eps_high, dual_clip, tis_cap, kl, kl_co
         if x is None:
             _require(name not in ("advantage", "weight"), f"{name} must be a tensor of shape [N], got None")
             continue
-        _require(x.shape == logp.shape, lambda: f"{name} must have the shape of logp, {list(logp.shape)}, got {list(x.shape)}")  # noqa: B023
-        _require(x.dtype == logp.dtype, lambda: f"{name} must have the dtype of logp, {logp.dtype}, got {x.dtype}")  # noqa: B023
-        _require(x.device == logp.device, lambda: f"{name} must be on the device of logp, {logp.device}, got {x.device}")  # noqa: B023
+        for what in ("shape", "dtype", "device"):
+            want, got = getattr(logp, what), getattr(x, what)
+            _require(got == want, lambda: f"{name} must have the {what} of logp, {want}, got {got}")  # noqa: B023
     _require(kind in KINDS, lambda: f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     _require(kl in KLS, lambda: f"kl must be one of {', '.join(KLS)}, got {kl!r}")
     _require(0 <= eps_low <= 1, lambda: f"eps_low must be in [0, 1], got {eps_low}")
     _require(eps_high >= 0, lambda: f"eps_high must be at least 0, got {eps_high}")
     _require(dual_clip is None or dual_clip > 1, lambda: f"dual_clip must be None or above 1, got {dual_clip}")
     _require(tis_cap is None or tis_cap > 0, lambda: f"tis_cap must be None or above 0, got {tis_cap}")
-    _require(kl_coef == 0 or tensors["ref_logp"] is not None, lambda: f"kl_coef must be 0 without ref_logp, got {kl_coef}")
-    _require(entropy_coef == 0 or tensors["entropy"] is not None, lambda: f"entropy_coef must be 0 without entropy, got {entropy_coef}")
+    _require(kl_coef == 0 or tensors["ref_logp"] is not None,
+             lambda: f"kl_coef must be 0 without ref_logp, got {kl_coef}")
+    _require(entropy_coef == 0 or tensors["entropy"] is not None,
+             lambda: f"entropy_coef must be 0 without entropy, got {entropy_coef}")
     _require(n_segments >= 1, lambda: f"n_segments must be at least 1, got {n_segments}")
     if segment is not None:
         _require(segment.shape == logp.shape and segment.dtype == torch.int64 and segment.device == logp.device,
-                 lambda: f"segment must be int64 {list(logp.shape)} on {logp.device}, got {segment.dtype} {list(segment.shape)} "
-                         f"on {segment.device}")
+                 lambda: f"segment must be int64 {list(logp.shape)} on {logp.device}, got {segment.dtype} "
+                         f"{list(segment.shape)} on {segment.device}")
     if kind == "gspo":
         _require(cu_seqlens is not None, "cu_seqlens must be given for kind='gspo', got None")
         _require(cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and len(cu_seqlens) >= 1
                  and cu_seqlens.device == logp.device,
-                 lambda: f"cu_seqlens must be int32 [S+1] on {logp.device}, got {cu_seqlens.dtype} {list(cu_seqlens.shape)} on "
-                         f"{cu_seqlens.device}")
+                 lambda: f"cu_seqlens must be int32 [S+1] on {logp.device}, got {cu_seqlens.dtype} "
+                         f"{list(cu_seqlens.shape)} on {cu_seqlens.device}")
         if not logp.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
             ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
             _require(ends == (0, len(logp)) and bool((cu_seqlens.diff() >= 0).all()),
-                     lambda: f"cu_seqlens must rise from 0 to N = {len(logp)}, got {cu_seqlens.tolist()[:8]} ... {ends[1]}")
+                     lambda: f"cu_seqlens must rise from 0 to N = {len(logp)}, got {cu_seqlens[:4].tolist()} ... "
+                             f"{cu_seqlens[-4:].tolist()}")
 
 
-# ---- torch.library operation ---------------------------------------------------------------------------------------------------
+# ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("m2rl::policy_loss_fwd", mutates_args=())
 def policy_loss_fwd(logp: Tensor, behaviour: Tensor | None, advantage: Tensor, weight: Tensor, old: Tensor | None,
-                    ref: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None, segment: Tensor | None, kind: str,
-                    eps_low: float, eps_high: float, dual_clip: float | None, tis_cap: float | None, kl: str, kl_coef: float,
-                    entropy_coef: float, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], stats [D, len(STATS)], dloss/dlogp [N], dloss/dentropy [N] or empty): the gradients are computed with the loss."""
-    return _policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high,
-                            dual_clip, tis_cap, kl, kl_coef, entropy_coef, n_segments)
+                    ref: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None, segment: Tensor | None,
+                    kind: str, eps_low: float, eps_high: float, dual_clip: float | None, tis_cap: float | None, kl: str,
+                    kl_coef: float, entropy_coef: float, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], stats [D, len(STATS)], dloss/dlogp [N], dloss/dentropy [N] or empty): gradients come with the loss."""
+    arguments = (logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high,
+                 dual_clip, tis_cap, kl, kl_coef, entropy_coef, n_segments)
+    if logp.is_cuda:
+        from m2rl_kernels.policy_loss_triton import policy_loss_triton
+
+        return policy_loss_triton(*arguments, len(STATS))
+    return policy_loss_cpu(*arguments)
 
 
 @policy_loss_fwd.register_fake
-def _(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high, dual_clip, tis_cap, kl,
-      kl_coef, entropy_coef, n_segments):
-    return (logp.new_empty(()), logp.new_empty(n_segments, len(STATS)), torch.empty_like(logp, memory_format=torch.contiguous_format),
+def _(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high, dual_clip,
+      tis_cap, kl, kl_coef, entropy_coef, n_segments):
+    return (logp.new_empty(()), logp.new_empty(n_segments, len(STATS)), logp.new_empty(logp.shape),
             logp.new_empty(logp.shape if entropy_coef != 0 else 0))
 
 
@@ -206,13 +220,13 @@ def _grads(ctx, grad_loss, *_):
 policy_loss_fwd.register_autograd(_grads, setup_context=_save)
 
 
-# ---- CPU -----------------------------------------------------------------------------------------------------------------------
+# ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high, dual_clip,
-                     tis_cap, kl, kl_coef, entropy_coef, n_segments):
-    """dpg/dlogp is -A r (grpo, gspo, where not clipped), -A clip(r) (cispo), -A (reinforce); for gspo the token's own derivative is
-    replaced by its sequence's mean, since every token of the sequence moves the one ratio."""
+def policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high,
+                    dual_clip, tis_cap, kl, kl_coef, entropy_coef, n_segments):
+    """dpg/dlogp is -A r (grpo, gspo, where not clipped), -A clip(r) (cispo), -A (reinforce); for gspo the token's own
+    derivative is replaced by its sequence's mean, since every token of the sequence moves the one ratio."""
     N, A = logp.shape[0], advantage
     old = logp if old is None else old
     log_r = logp - old
@@ -268,7 +282,8 @@ def _policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_s
             pg = pg - entropy_coef * entropy
             grad_entropy = weight * -entropy_coef
     loss_N = (weight * pg).masked_fill_(dead, 0.0)
-    for name, value in (("weight", weight), ("pull", weight * A.abs()), ("loss", loss_N), ("logp", logp), ("ratio", r), ("clip", clip)):
+    for name, value in (("weight", weight), ("pull", weight * A.abs()), ("loss", loss_N), ("logp", logp), ("ratio", r),
+                        ("clip", clip)):
         column[name].copy_(value)
     column["count"].fill_(1.0)
     if segment is None:
