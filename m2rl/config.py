@@ -81,12 +81,17 @@ class Rollout:
     """Of sampling, and of the log-probabilities that are trained. top-p, top-k and penalties are never used in training."""
     max_sequences: int = 256
     """Sequences decoded at once on one rank."""
+    deterministic: bool = True
+    """Deal prompts to the ranks by position and seed every response by itself: a run repeats. False: ranks pull prompts
+    from one counter, so that none idles, and vLLM draws from one stream per engine."""
+    carry_over: float = 0.0
+    """Share of a step's groups that may be left unfinished and continue in the next, under importance sampling."""
     tensor_parallel: int = 1
-    """vLLM: neighbouring ranks that share one engine. 1 = every rank holds a whole one, which is faster while it fits."""
+    """vLLM: neighbouring ranks that share one engine. 1 = every rank holds a whole one."""
     kv_cache_gib: float = 1.0
     """vLLM: GiB of key/value cache per rank, fixed in bytes. `--dry-run` shows what it can hold."""
     stall_timeout_s: float = 600.0
-    """vLLM: a rank whose engine has generated no token for so long prints its stacks and ends; the run can be resumed."""
+    """vLLM: a rank whose engine generates no token for so long prints its stacks and ends; the run can be resumed."""
     dynamic_sampling_rounds: int = 0
     """Replace zero-variance groups by further prompts, at most this many rounds (DAPO); 0 = off."""
     verifier_workers: int = 1
@@ -292,6 +297,12 @@ def check(config: Config, where: str) -> Config:
         need(r.group_size >= 2, f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)")
         need(r.prompts_per_step >= 1, f"rollout.prompts_per_step must be at least 1, got {r.prompts_per_step}")
         need(r.temperature > 0, f"rollout.temperature must be above 0, got {r.temperature}")
+        need(0 <= r.carry_over < 1, f"rollout.carry_over must be in [0, 1), got {r.carry_over}")
+        if r.carry_over:
+            need(not r.deterministic, "rollout.carry_over needs rollout.deterministic = false: it depends on timing")
+            need(o.tis_cap > 0, "rollout.carry_over needs objective.tis_cap above 0: its tokens are older than the policy")
+            need(not r.dynamic_sampling_rounds, "rollout.carry_over and dynamic_sampling_rounds exclude each other")
+            need(r.tensor_parallel == 1, "rollout.carry_over needs rollout.tensor_parallel = 1")
         need(r.tensor_parallel >= 1, f"rollout.tensor_parallel must be at least 1, got {r.tensor_parallel}")
         need(r.tensor_parallel == 1 or r.engine == "vllm", 'rollout.tensor_parallel above 1 needs rollout.engine "vllm"')
         need(r.kv_cache_gib > 0, f"rollout.kv_cache_gib must be above 0, got {r.kv_cache_gib}")

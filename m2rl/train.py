@@ -36,9 +36,11 @@ from m2rl.launch import Stopping, exit_with, on_rank_0, process_group
 from m2rl.learner import Learner
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
 from m2rl.policy import Policy, load_model, shard
+from m2rl.rollout.carry import CarryOver
 from m2rl.rollout.collect import collect
 from m2rl.rollout.engine import Engine, Request, generate, sample_seed
 from m2rl.rollout.native import NativeEngine
+from m2rl.rollout.sharing import Sharing
 from m2rl.telemetry import Energy, Phases, memory_gib, mfu
 from m2rl.types import InputError, Prompt, Sample, StepStats
 
@@ -255,6 +257,10 @@ class Run:
         if c.objective.kl_coef > 0:
             reference = self.build_policy(self.model_path).requires_grad_(False).eval()
         self.engine: Engine = self.build_engine()
+        self.sharing = Sharing(not r.deterministic, r.tensor_parallel)
+        self.carry = CarryOver(int(r.carry_over * r.prompts_per_step))
+        carried = [(step, i) for step, i in state.get("carried", [])]
+        self.carry.restart([((step, i), self.mixture.batch(step)[i]) for step, i in carried], r.group_size, self.sharing)
         objective = PolicyGradient(c.objective)
         with VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox) as self.pool:
             try:
@@ -274,7 +280,7 @@ class Run:
                     if c.evaluation.every and (step + 1) % c.evaluation.every == 0 and step + 1 < c.train.steps:
                         with phases("evaluate"):
                             self.record_scores(step, self.evaluate(held_out))
-                    if self.after_step(stats, step, extra):
+                    if self.after_step(stats, step, extra | {"carried": self.carry.places}):
                         return
                 self.display.stop()
                 with phases("evaluate"):
@@ -322,7 +328,8 @@ class Run:
             self.engine.sync(self.policy, step + 1)
         summary = metrics.rollout_metrics(samples, groups)
         self.recorder.rollouts(step, samples)
-        self.record(step, stats, phases, {**summary, "groups_replaced": replaced})
+        self.record(step, stats, phases, {**summary, "groups_replaced": replaced, "groups_carried": len(self.carry.places),
+                                          "weight_lag": step - min((s.weight_version for s in samples), default=step)})
         rewards = "  ".join(f"{d} [bold]{summary[f'{d}/reward']:.2f}[/]" for d in self.domains)
         generated = sum(len(s.tokens) for s in samples)
         self.display.update(step + 1, f"reward {rewards}  {generated / phases.seconds['rollout']:,.0f} tok/s")
@@ -339,7 +346,10 @@ class Run:
     def rollout(self, step: int) -> tuple[list[Sample], list[GroupStats], np.ndarray, int]:
         """Samples of one step; with dynamic sampling, dead groups replaced in prompt order by live ones of later rounds."""
         c = self.config
-        samples = self.collect(self.mixture.batch(step), c.rollout.group_size, step)
+        carry = self.carry if c.rollout.carry_over else None
+        if step + 1 == c.train.steps:
+            self.carry.allowance = 0  # nothing comes after the last step
+        samples = self.collect(self.mixture.batch(step), c.rollout.group_size, step, carry=carry)
         advantages, groups = group_stats(samples, c.objective)
         replaced = 0
         for round in range(1, c.rollout.dynamic_sampling_rounds + 1):
@@ -368,11 +378,12 @@ class Run:
         return samples, groups, advantages, replaced
 
     def collect(self, prompts: Sequence[Prompt], n: int, step: int, temperature: float | None = None,
-                max_new_tokens: int = 0) -> list[Sample]:
+                max_new_tokens: int = 0, carry: CarryOver | None = None) -> list[Sample]:
         r = self.config.rollout
         return collect(self.engine, self.pool, self.tokenizer, prompts, n, seed=self.config.seed, step=step,
                        max_new_tokens=max_new_tokens or r.max_new_tokens,
-                       temperature=r.temperature if temperature is None else temperature)
+                       temperature=r.temperature if temperature is None else temperature,
+                       sharing=self.sharing, ahead=r.max_sequences, carry=carry)
 
     def evaluate(self, held_out: Sequence[Prompt]) -> dict[str, Score]:
         e = self.config.evaluation

@@ -149,7 +149,10 @@ class NativeEngine:
         out = [Finished(r.id, [], [], "abort", self.version) for r in self.queue if r.id in gone]
         self.queue = deque(r for r in self.queue if r.id not in gone)
         keep = [i for i, r in enumerate(self.live) if r.id not in gone]
-        out += [self._finished(i, "abort") for i, r in enumerate(self.live) if r.id in gone]
+        for i, r in enumerate(self.live):
+            if r.id in gone:  # one that is done already waits for its row to be dropped: it is whole
+                ended = bool(torch.isin(self.drawn[i, self.count[i] - 1], self.end))
+                out.append(self._finished(i, ("stop" if ended else "length") if self.done[i] else "abort"))
         self._compact(torch.tensor(keep, dtype=torch.int64, device=self.device))
         return out
 

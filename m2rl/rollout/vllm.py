@@ -4,13 +4,14 @@
     poll   -> one step       finished responses out, with every token's log-probability at its temperature
     sync   -> the policy's weights into the engine's own storage, then the prefix cache is dropped
 
-Every rank holds a whole engine; with rollout.tensor_parallel > 1 that many neighbouring ranks hold one together and must
-make the same calls in the same order. vLLM runs under its external launcher: in this process, on this process group, with
-no server beside it. Its weights start as noise and come from `sync` alone: it can never serve a stale checkpoint.
+Every rank holds a whole engine; with rollout.tensor_parallel > 1 that many neighbouring ranks hold one together and
+must make the same calls in the same order. vLLM runs under its external launcher: in this process, on this process
+group, with no server beside it. Its weights start as noise and come from `sync` alone: it can never serve a stale
+checkpoint.
 
-Weights take one of two routes. "in place": a SyncPlan writes into vLLM's fused parameters, whose addresses never change,
-so that captured CUDA graphs stay valid. "reload": vLLM's CPU build packs every matrix into a form of its own and cannot be
-written in place; there the weights go through vLLM's own reload.
+Weights take one of two routes. "in place": a SyncPlan writes into vLLM's fused parameters, whose addresses never
+change, so that captured CUDA graphs stay valid. "reload": vLLM's CPU build packs every matrix into a form of its own
+and cannot be written in place; there the weights go through vLLM's own reload.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from m2rl.config import Config
 from m2rl.policy import full_parameters
-from m2rl.rollout.engine import Finished, Request
+from m2rl.rollout.engine import Finished, Request, sample_seed
 from m2rl.rollout.watchdog import Watchdog, remove_stale_segments
 from m2rl.types import InputError
 
@@ -73,10 +74,10 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
-    """vLLM's sleeping allocator switches expandable segments off around its pools if it sees them under the older name."""
-    setting = "expandable_segments:True"
-    if setting in environment.get("PYTORCH_ALLOC_CONF", "") and setting not in environment.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-        raise InputError("PYTORCH_ALLOC_CONF sets expandable_segments:True, which corrupts vLLM's sleep mode: set it in "
+    """vLLM's sleeping allocator switches expandable segments off around its pools if it sees them."""
+    here, seen = (environment.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    if "expandable_segments:True" in here and "expandable_segments:True" not in seen:
+        raise InputError("PYTORCH_ALLOC_CONF sets expandable_segments:True, which breaks vLLM's sleep mode: set it in "
                          "PYTORCH_CUDA_ALLOC_CONF instead, the name that vLLM inspects, or leave it out")
 
 
@@ -111,6 +112,7 @@ class VllmEngine:
         self.end_tokens = sorted(set(end_tokens))
         self.max_length = r.max_prompt_tokens + max(r.max_new_tokens, config.evaluation.max_new_tokens)
         self.requests: dict[int, Request] = {}
+        self.seeded, self.index = r.deterministic, (dist.get_rank() if world > 1 else 0) // r.tensor_parallel
         self.generated = 0
         self.engine = self._start(model_path, cuda)
         self.model = self._worker().get_model()
@@ -153,18 +155,18 @@ class VllmEngine:
 
     def submit(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            length = len(request.tokens) + request.max_new_tokens
+            new, length = request.max_new_tokens, len(request.tokens) + request.max_new_tokens
             if not request.tokens:
                 raise ValueError(f"request {request.id}: tokens must not be empty")
-            if request.max_new_tokens < 1:
-                raise ValueError(f"request {request.id}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
+            if new < 1:
+                raise ValueError(f"request {request.id}: max_new_tokens must be at least 1, got {new}")
             if length > self.max_length:
-                raise ValueError(f"request {request.id}: {len(request.tokens)} tokens and {request.max_new_tokens} new ones"
-                                 f" exceed the engine's {self.max_length}")
+                raise ValueError(f"request {request.id}: {len(request.tokens)} tokens and {new} new ones exceed the "
+                                 f"engine's {self.max_length}")
             if request.id in self.requests:
                 raise ValueError(f"request {request.id}: this id is in flight already")
             self.engine.add_request(str(request.id), {"prompt_token_ids": list(request.tokens)}, self._sampling_params(
-                temperature=request.temperature, seed=request.seed, max_tokens=request.max_new_tokens, logprobs=0,
+                temperature=request.temperature, seed=request.seed if self.seeded else None, max_tokens=request.max_new_tokens, logprobs=0,
                 flat_logprobs=True, stop_token_ids=self.end_tokens, ignore_eos=True, detokenize=False,
                 output_kind=self._final_only))
             self.requests[request.id] = request
@@ -235,6 +237,8 @@ class VllmEngine:
         if "kv_cache" not in self.asleep:
             self._drop_prefix_cache()
         self.version = version
+        if not self.seeded:  # one stream for the whole engine: a generator per request costs a kernel per row and token
+            torch.manual_seed(sample_seed(self.config.seed, version, "engine", self.index))
 
     def _drop_prefix_cache(self) -> None:
         for _ in range(4):
