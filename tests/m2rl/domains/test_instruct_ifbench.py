@@ -62,7 +62,10 @@ CASES = {
     "count:keywords_multiple": [
         (KEYWORDS, [TREES, TREES.upper()], [TREES + " ash", TREES.replace("yew", "hew", 1), TREES.replace("elm", "")])
     ],
-    "ratio:stop_words": [({"percentage": 50}, ["the red owl sings", "the owls"], ["the owl is on it", "I was there"])],
+    "ratio:stop_words": [
+        ({"percentage": 100}, ["the of"], []),
+        ({"percentage": 50}, ["the red owl sings", "the owls"], ["the owl is on it", "I was there"]),
+    ],
     "ratio:sentence_type": [
         ({}, ["One. Two. Three?", "Is it? It is. So it is."], ["One. Two?", "One. Two.", "One? Two? Three.", "wow!"])
     ],
@@ -79,11 +82,11 @@ CASES = {
     "ratio:overlap": [
         ({"reference_text": "abcdef", "percentage": 50}, ["abcdxy", "cdefgh"], ["abcdef", "uvwxyz", "ab"]),
     ],
-    "words:alphabet": [({}, ["A big cat", "Yes, zebras are back"], ["A cat", "1 2 3", "a b d", "foo"])],
+    "words:alphabet": [({}, ["A big cat", "Yes, zebras are back", "one penguin"], ["A cat", "1 2 3", "a b d", "foo"])],
     "words:vowel": [
         (
             {},
-            ["A sad man in a hat", "no old man's hat"],
+            ["A sad man in a hat", "\nno old man's hat\n"],
             ["a red umbrella is old", "a sad man\na hat", "A RED UMBRELLA IS OLD"],
         )
     ],
@@ -260,7 +263,15 @@ CASES = {
         (
             {},
             ["1796-04-12, 1815-06-18", "1769-08-15,1821-05-05"],
-            ["1796-4-12", "1796-04-12 and 1815-06-18", "1700-01-01", "1796-13-01", "1805-02-30", "Battles: 1805-12-02"],
+            [
+                "1796-4-12",
+                "1796-04-12 and 1815-06-18",
+                "1700-01-01",
+                "1796-13-01",
+                "1805-12-02, later",
+                "1805-02-30",
+                "Battles: 1805-12-02",
+            ],
         )
     ],
 }

@@ -67,7 +67,14 @@ CASES = {
         (
             {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Then"},
             ["First this.\n\nThen that.", 'First this.\n\n"then, that."'],
-            ["Then this.\n\nNow that.", "A\n\nThen b\n\nc", "A.\nThen b.", "A\n\nThenceforth b", "\n\nA\n\nThen b"],
+            [
+                "Then this.\n\nNow that.",
+                "A\n\nThen b\n\nc",
+                "A.\nThen b.",
+                "A\n\nThenceforth b",
+                "A\n\n \n\nThen b",
+                "\n\nA\n\nThen b",
+            ],
         ),
     ],
     "detectable_content:number_placeholders": [

@@ -55,7 +55,10 @@ CASES = {
         ({"letter": "o", "let_frequency": 2, "let_relation": "at least"}, ["too", "On or"], ["to", "he"]),
         ({"letter": "o", "let_frequency": 1, "let_relation": "less than"}, ["he"], ["to", "On"]),
     ],
-    "keywords:word_once": [({"keyword": "tea"}, ["Some Tea.", "a team"], ["coffee", "tea and tea"])],
+    "keywords:word_once": [
+        ({"keyword": " tea "}, ["tea."], ["coffee"]),
+        ({"keyword": "tea"}, ["Some Tea.", "a team"], ["coffee", "tea and tea"]),
+    ],
     "count:count_increment_word": [
         (
             {"keyword1": "tea", "keyword2": "rum"},
@@ -83,7 +86,9 @@ CASES = {
             ["The old owl.", "One. The owl sat.", "One. The old bird. owl"],
         )
     ],
-    "keywords:start_end": [({}, ["Owl by owl", "Peace, we want peace"], ["owl", "Owl by owl.", "Owl by night"])],
+    "keywords:start_end": [
+        ({}, ["Owl by owl", "Peace, we want peace", "owl owl"], ["owl", "Owl by owl.", "Owl by night"])
+    ],
     "first_word:first_word_answer": [
         ({"first_word": "owl"}, ["Owl at night", '"owl," he said'], ["An owl", "Owls fly", "night owl"])
     ],
@@ -100,7 +105,7 @@ CASES = {
     "detectable_format:sentence_hyphens": [
         (
             {},
-            ["One is red.-Two is blue.", "A red one!-A blue one?-All right."],
+            ["One is red.-Two is blue.\n", "A red one!-A blue one?-All right."],
             ["One. Two.", "One.- Two.", "One-two. Three."],
         )
     ],
@@ -164,6 +169,7 @@ def test_every_id_has_two_cases_of_each_kind():
             {"prompt_to_repeat": ASK, "n_start": 9, "n_end": 3},
             "'n_start' 9 and 'n_end' 3 select nothing",
         ),
+        ("new:copy_span_idx", {"prompt_to_repeat": ASK, "n_start": 4, "n_end": 4}, "select nothing"),
         ("copy:repeat_phrase", {"phrase": "old oak", "small_n": 2}, "'phrase' must have at least three words"),
         ("copy:copying_multiple", {"prompt_to_repeat": ASK, "N": 0}, "'N' must be an integer >= 1"),
     ],
