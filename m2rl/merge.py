@@ -284,6 +284,7 @@ def open_output(
             default=str,
         ).encode()
     ).hexdigest()
+    journal = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         existed = partial.exists()
@@ -309,7 +310,9 @@ def open_output(
             journal.restart()
         writer = ShardWriter(partial, layout)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if journal is not None:
+            journal.close()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
                 f"the disk of {folder.parent} is full: {layout.bytes / 1e9:.2f} GB could not be allocated"

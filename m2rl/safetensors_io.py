@@ -8,7 +8,6 @@ A checkpoint is a folder (or a hub id that is already in the local cache) with `
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -258,14 +257,18 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout, self.folder = layout, folder
         self.handles: dict[str, int] = {}
-        for name, size in layout.files.items():
-            handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
-            self.handles[name] = handle
-            if os.fstat(handle).st_size != size:
-                os.ftruncate(handle, size)
-            with contextlib.suppress(AttributeError):
-                os.posix_fallocate(handle, 0, size)  # a full disk shows here, before any work
-            os.pwrite(handle, layout.headers[name], 0)
+        try:
+            for name, size in layout.files.items():
+                handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+                self.handles[name] = handle
+                if os.fstat(handle).st_size != size:
+                    os.ftruncate(handle, size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, size)  # a full disk shows here, before any work
+                os.pwrite(handle, layout.headers[name], 0)
+        except OSError:
+            self.close()
+            raise
 
     def where(self, tensor: str) -> tuple[int, int]:
         file, position = self.layout.place[tensor]
