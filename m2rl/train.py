@@ -327,6 +327,7 @@ class Run:
         with phases("sync"):
             self.engine.sync(self.policy, step + 1)
         summary = metrics.rollout_metrics(samples, groups)
+        self.alarm(step, stats)
         self.recorder.rollouts(step, samples)
         self.record(step, stats, phases, {**summary, "groups_replaced": replaced, "groups_carried": len(self.carry.places),
                                           "weight_lag": step - min((s.weight_version for s in samples), default=step)})
@@ -334,6 +335,14 @@ class Run:
         generated = sum(len(s.tokens) for s in samples)
         self.display.update(step + 1, f"reward {rewards}  {generated / phases.seconds['rollout']:,.0f} tok/s")
         return stats, phases
+
+    def alarm(self, step: int, stats: StepStats) -> None:
+        """Say so when trainer and engine drift apart: then the samples are not the policy's own."""
+        for domain, sums in stats.per_domain.items():
+            k3 = sums["mismatch_k3"] / sums["count"] if sums["count"] else 0.0
+            if k3 > metrics.MISMATCH_ALARM_K3:
+                self.display.say(f"[red]step {step}, {domain}: mean k3 between engine and trainer is {k3:.1e} nats "
+                                 f"(alarm at {metrics.MISMATCH_ALARM_K3:g})[/]")
 
     def batches(self, samples: Sequence[Sample], advantages: np.ndarray) -> list[list[TrainRow]]:
         """The rollout as updates_per_rollout parts of whole groups, each with its own denominators."""

@@ -152,17 +152,19 @@ def _science(rng: random.Random) -> Problem:
         longest = rng.random() < 0.5
         best = (min if longest else max)(units, key=_LENGTHS.index)
         letter = "ABC"[units.index(best)]
-        options = {x: f"{rng.randint(2, 9)} {u}" for x, u in zip("ABC", units)}
+        options = {x: f"{rng.randint(2, 9)}{u}" for x, u in zip("ABC", units)}
         prompt = ("longest" if longest else "shortest") + "".join(f"\n{x}) {text}" for x, text in options.items())
         return Problem("science", prompt, {"answer": letter, "options": options}, f"{best} \\boxed{{{letter}}}",
                        f"\\boxed{{{rng.choice([x for x in 'ABC' if x != letter])}}}")
     (big, small), factor = rng.choice(list(_FACTORS.items()))
-    n = rng.randint(2, 99)
-    down = rng.random() < 0.5
-    value, source, target, answer = (n, big, small, n * factor) if down else (n * factor, small, big, n)
-    wrong = n * rng.choice([f for f in (10, 60, 100, 1000) if f != factor]) if down else n * 10
-    return Problem("science", f"Convert {value} {source} to {target}", {"answer": str(answer)}, f"\\boxed{{{answer}}}",
-                   f"\\boxed{{{wrong}}}")
+    n = rng.randint(2, 9 if factor == 60 else 99)
+    wrong = rng.choice([f for f in (10, 60, 100, 1000) if f != factor])
+    if rng.random() < 0.5:
+        value, source, target, answer, working, flaw = n, big, small, n * factor, f"*{factor}", n * wrong
+    else:
+        value, source, target, answer, working, flaw = n * factor, small, big, n, f"/{factor}", n * 10
+    return Problem("science", f"Convert {value} {source} to {target}", {"answer": str(answer)}, f"{working} \\boxed{{{answer}}}",
+                   f"\\boxed{{{flaw}}}")
 
 
 # ---- instruction following --------------------------------------------------------------------------------------------
@@ -200,10 +202,9 @@ def _words(wanted: Mapping[str, Any], rng: random.Random) -> str:
         words[0] = wanted["start"]
     if wanted["end"]:
         words[-1] = wanted["end"]
-    case = wanted["case"] or rng.choice(("lower", "upper"))
     commas = rng.random() < 0.5 if wanted["commas"] is None else wanted["commas"]
     text = (", " if commas else " ").join(words)
-    return text.upper() if case == "upper" else text
+    return text.upper() if wanted["case"] == "upper" else text
 
 
 def _break_one(wanted: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
@@ -230,7 +231,7 @@ VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys([
     " if v", "%2==0", "%2==1", ">0", "<0", "*2", "**2", "math: what is ", "solve for ", ": ", "double", "square", "add ", "subtract ",
     " then ", " each of the ", *_FILTERS, " items; ", *_REDUCERS, "Convert ", " to ", "longest", "shortest", "\nA) ", "\nB) ", "\nC) ",
     " km", " m", " cm", " mm", " kg", " g", " h", " min", "km", "cm", "mm", "kg", "exactly ", " words", "; ", "uppercase", "lowercase",
-    "end with ", "start with ", "use commas", "no comma", ", ",
+    "end with ", "start with ", "use commas", "no comma",
     *(piece for w in _WORDS for piece in (w, f" {w}", w.upper(), f" {w.upper()}")),
 ]))
 """Single characters and the stock phrases above; greedy longest match covers every prompt and demonstration."""

@@ -124,10 +124,29 @@ def test_a_resume_with_other_settings_is_refused_by_name(tmp_path):
 
 
 def test_two_ranks_train_the_default(tmp_path):
-    done = torchrun("-m", "m2rl.train", "--run-dir", str(tmp_path / "run"), *SMALL, "--train.steps", "2", ranks=2)
+    """Dynamic sampling on as well: its rounds are collective."""
+    done = torchrun("-m", "m2rl.train", "--run-dir", str(tmp_path / "run"), *SMALL, "--train.steps", "2", "--warm-start-steps", "60",
+                    "--rollout.dynamic-sampling-rounds", "2", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
-    assert len([m for m in metrics(tmp_path / "run") if "loss" in m]) == 2
+    steps = [m for m in metrics(tmp_path / "run") if "loss" in m]
+    assert len(steps) == 2
+    assert all(m["groups_replaced"] >= 0 for m in steps)
+
+
+def test_tensorboard_and_wandb_get_the_metrics_offline(tmp_path, monkeypatch, embedded_folder):
+    pytest.importorskip("tensorboard", reason="pip install 'm2rl[log]'")
+    pytest.importorskip("wandb", reason="pip install 'm2rl[log]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main(["--run-dir", str(tmp_path / "run"), "--warm-start", "", "--model.path", str(embedded_folder), *SMALL[:4], *SMALL[6:],
+                 "--train.steps", "2", "--log.tensorboard", "True", "--log.wandb", "m2rl-test"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"loss", "math/reward", "if/status/wrong"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == [0, 1]
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 # ---- real input -------------------------------------------------------------------------------------------------------
