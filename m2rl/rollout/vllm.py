@@ -138,6 +138,8 @@ class VllmEngine:
                 dtype=self.config.model.compute_dtype, max_model_len=self.max_length, max_num_seqs=r.max_sequences,
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
                 enable_prefix_caching=True, enforce_eager=not cuda, enable_sleep_mode=cuda, disable_log_stats=True,
+                # CPU: a seeded request whose prompt is read in parts would rewind its generator, which only CUDA's can.
+                enable_chunked_prefill=cuda, max_num_batched_tokens=max(8192, self.max_length),
                 kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30), tensor_parallel_size=r.tensor_parallel,
                 distributed_executor_backend="external_launcher" if launched else None))
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
@@ -166,7 +168,7 @@ class VllmEngine:
             if request.id in self.requests:
                 raise ValueError(f"request {request.id}: this id is in flight already")
             self.engine.add_request(str(request.id), {"prompt_token_ids": list(request.tokens)}, self._sampling_params(
-                temperature=request.temperature, seed=request.seed if self.seeded else None, max_tokens=request.max_new_tokens, logprobs=0,
+                temperature=request.temperature, seed=request.seed if self.seeded else None, max_tokens=new, logprobs=0,
                 flat_logprobs=True, stop_token_ids=self.end_tokens, ignore_eos=True, detokenize=False,
                 output_kind=self._final_only))
             self.requests[request.id] = request

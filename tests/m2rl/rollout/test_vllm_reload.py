@@ -150,6 +150,14 @@ def test_cancel_returns_what_there_is_and_the_rest_goes_on(one):
     assert [a.tokens for a in generate(engine, asked)] == [w.tokens for w in whole]
 
 
+def test_more_prompt_tokens_than_one_step_takes(one):
+    """Split over two steps, a seeded prompt made vLLM rewind a CPU generator, which raises."""
+    engine, policy = one
+    asked = [Request(i, prompt(i), i, 2, 1.0) for i in range(40)]  # 12,000 prompt tokens, no two prompts alike
+    answers = generate(engine, asked)
+    assert worst(served.transformers(policy), asked, answers) < CLOSE
+
+
 def test_agrees_with_the_native_engine(one):
     """The same policy behind the same seam: greedy responses are equal token for token."""
     engine, policy = one
