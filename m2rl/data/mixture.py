@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from m2rl.config import Config, Domain
-from m2rl.data.rows import Row, files, normalise, read_records
+from m2rl.data import blend
+from m2rl.data.rows import Row, Shelf, files, normalise, positioned_records
 from m2rl.domains import check_spec, procedural
 from m2rl.types import InputError, Prompt
 
-# ---- tokens -----------------------------------------------------------------------------------------------------------
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+TEMPLATE_TOKENS = 128  # of roles and tool instructions, at most
 
 
 class Encoder:
@@ -117,16 +121,21 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Rows of one domain held in memory as text, tokenised when drawn."""
+    """Rows of one domain on disk, read and tokenised when drawn."""
 
-    def __init__(self, rows: list[Row], encoder: Encoder):
-        self.rows, self.encoder, self.size = rows, encoder, len(rows)
+    def __init__(self, domain: str, shelf: Shelf, encoder: Encoder):
+        self.domain, self.shelf, self.encoder = domain, shelf, encoder
+        self.size: int | None = len(shelf)
+
+    def row(self, index: int) -> Row:
+        where = f"{self.domain} row {index}"
+        return normalise(dict(blend.plain(self.shelf[index], where)), where, self.domain)
 
     def prompt(self, index: int) -> Prompt:
-        return self.encoder.prompt(self.rows[index])
+        return self.encoder.prompt(self.row(index))
 
     def demonstration(self, index: int) -> tuple[list[int], list[bool]]:
-        return self.encoder.demonstration(self.rows[index])
+        return self.encoder.demonstration(self.row(index))
 
 
 class ProceduralSource:
@@ -155,6 +164,13 @@ class Loaded:
     skipped: dict[str, int]  # domain -> rows longer than the limit
 
 
+def surely_short(row: Row, option: Domain, limit: int) -> bool:
+    """Whether a prompt fits without asking a tokenizer: a token is at least one byte, and a chat template adds few."""
+    texts = [row.prompt, *(str(m["content"]) for m in row.messages or ()), json.dumps(row.spec.get("tools") or ""),
+             option.system_prompt, option.prompt_template]
+    return sum(len(t) if t.isascii() else len(t.encode(errors="replace")) for t in texts) + TEMPLATE_TOKENS <= limit
+
+
 def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase, *, verifiable: bool) -> Loaded:
     """All rows of the files by domain, over-long prompts counted and skipped, every spec checked when `verifiable`."""
     encoder = Encoder(tokenizer, config.domain)
@@ -166,12 +182,16 @@ def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedT
                 raise InputError(f"data.train: no procedural problems for domain {domain!r} "
                                  f"(there are: {', '.join(procedural.DOMAINS)})")
             sources[domain] = ProceduralSource(domain, config.seed, encoder, config.data.sloppy_scale)
-    rows: dict[str, list[Row]] = {}
+    shelves: dict[str, Shelf] = {}
     skipped: Counter[str] = Counter()
     asked = {d.name for d in config.domain}
     for path in files([p for p in patterns if p != "procedural"]):
-        for where, record in read_records(path):
-            row = normalise(record, where, config.data.default_domain)
+        for where, offset, record in positioned_records(path):
+            whole = blend.plain(record, where)
+            if isinstance(whole, str):
+                skipped[whole] += 1
+                continue
+            row = normalise(whole, where, config.data.default_domain)
             if asked and row.domain not in asked:
                 skipped[f"{row.domain} (not in [[domain]])"] += 1
                 continue
@@ -180,16 +200,15 @@ def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedT
                     check_spec(row.domain, row.spec)
                 except ValueError as error:
                     raise InputError(f"{where}: {error}") from None
-                # A token is at least one byte, so a short text needs no tokenizer to be known short.
-                size = len(row.prompt) + sum(len(str(m["content"])) for m in row.messages or ())
-                if 4 * size + 64 > limit and len(encoder.prompt(row, where).tokens) > limit:
+                option = encoder.options.get(row.domain, Domain(row.domain))
+                if not surely_short(row, option, limit) and len(encoder.prompt(row, where).tokens) > limit:
                     skipped[row.domain] += 1
                     continue
-            elif not rows.get(row.domain):
+            elif row.domain not in shelves:
                 encoder.demonstration(row, where)  # the first row of a domain shows whether the template fits
-            rows.setdefault(row.domain, []).append(row)
-    for domain, found in rows.items():
-        sources[domain] = FileSource(found, encoder)
+            shelves.setdefault(row.domain, Shelf()).add(path, offset, record)
+    for domain, shelf in shelves.items():
+        sources[domain] = FileSource(domain, shelf, encoder)
     missing = [d.name for d in config.domain if d.name not in sources]
     if missing or not sources:
         what = f"no row of domain {', '.join(missing)}" if missing else "no usable row"

@@ -1,8 +1,8 @@
 """Rows on disk -> Row: one line of JSONL or parquet, normalised but not tokenised.
 
-A row is {"prompt": text or [{"role", "content"}], "domain": ..., and what its verifier needs: "answer", "options", "tests",
-"constraints" ...}; a demonstration has "messages" ending with the assistant, or "prompt" and "response". Everything else in
-a row is handed to the verifier untouched. Bad input is an InputError with file, line, key, rule.
+A row is {"prompt": text or [{"role", "content"}], "domain": ..., and what its verifier needs: "answer", "options",
+"tests", "constraints" ...}; a demonstration has "messages" ending with the assistant, or "prompt" and "response".
+Everything else in a row is handed to the verifier untouched. Bad input is an InputError with file, line, key, rule.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,35 +46,76 @@ def files(patterns: Sequence[str]) -> list[Path]:
     return out
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", record) of a .jsonl or .parquet file, streamed."""
+def read_records(path: Path, containing: Sequence[bytes] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", record) of a .jsonl or .parquet file, streamed. JSONL lines with none of `containing` are skipped
+    unparsed."""
+    for where, _, record in positioned_records(path, containing):
+        yield where, record
+
+
+def positioned_records(path: Path, containing: Sequence[bytes] = ()) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """("file:line", byte offset of the line or -1 for parquet, record)."""
     if path.suffix == ".parquet":
         try:
-            table = pyarrow.parquet.ParquetFile(path)
             n = 0
-            for batch in table.iter_batches(batch_size=1024):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     n += 1
-                    yield f"{path}:{n}", record
+                    yield f"{path}:{n}", -1, record
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise InputError(f"{path}: not a readable parquet file ({error})") from None
         return
     if path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path}: a data file must end in .jsonl or .parquet")
-    with open(path, encoding="utf-8", newline="\n") as lines:  # not str.splitlines: U+2028 may stand inside a string
-        try:
-            for n, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{n}: malformed JSON: {error.msg} at column {error.colno}") from None
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}:{n}: a row must be a JSON object, got {type(record).__name__}")
-                yield f"{path}:{n}", record
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text ({error})") from None
+    offset = 0
+    with open(path, "rb") as lines:  # bytes end lines at \n alone: U+2028 may stand inside a string
+        for n, line in enumerate(lines, 1):
+            if line.strip() and (not containing or any(part in line for part in containing)):
+                yield f"{path}:{n}", offset, _json(line, f"{path}:{n}")
+            offset += len(line)
+
+
+def _json(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text ({error})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a row must be a JSON object, got {type(record).__name__}")
+    return record
+
+
+class Shelf:
+    """Records of many files by index, without holding them: a JSONL line is its offset, a parquet record its JSON."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self.file, self.offset = array("i"), array("q")  # of each record; file -1: held[offset]
+        self.held: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def add(self, path: Path, offset: int, record: Mapping[str, Any]) -> None:
+        if offset < 0:
+            self.file.append(-1)
+            self.offset.append(len(self.held))
+            self.held.append(json.dumps(record, default=str).encode())
+            return
+        if not self.paths or self.paths[-1] != path:
+            self.paths.append(path)
+        self.file.append(len(self.paths) - 1)
+        self.offset.append(offset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.file[index] < 0:
+            return json.loads(self.held[self.offset[index]])
+        path = self.paths[self.file[index]]
+        with open(path, "rb") as lines:
+            lines.seek(self.offset[index])
+            return _json(lines.readline(), f"{path} at byte {self.offset[index]}")
 
 
 def normalise(record: Mapping[str, Any], where: str, default_domain: str = "") -> Row:
@@ -96,6 +138,7 @@ def normalise(record: Mapping[str, Any], where: str, default_domain: str = "") -
     spec = {k: v for k, v in record.items() if k not in NOT_SPEC and v is not None}
     key = record.get("id")
     if key is None:
-        key = hashlib.blake2b(json.dumps([prompt, chat], sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+        content = json.dumps([prompt, chat], sort_keys=True, default=str).encode()
+        key = hashlib.blake2b(content, digest_size=8).hexdigest()
     return Row(f"{domain}/{key}", str(domain), tuple(chat) if chat is not None else None,
                "" if chat is not None else str(prompt), response, spec)

@@ -1,0 +1,58 @@
+"""Files become sources without being held; long prompts, dropped rows and placeholders are met at load time."""
+
+import json
+
+import blend_rows
+import pytest
+
+from m2rl import embedded
+from m2rl.config import Config, Domain, Rollout
+from m2rl.data import load_sources
+from m2rl.data.mixture import surely_short
+from m2rl.data.rows import Shelf, normalise
+from m2rl.types import InputError
+
+TOKENIZER = embedded.build_tokenizer()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    return str(path)
+
+
+def test_blend_files_train_directly(tmp_path):
+    rows = [blend_rows.science_row(i) for i in range(4)] + [blend_rows.dropped_row(), blend_rows.code_row(),
+            blend_rows.rl("dapo17k", "What is 1+1?", expected_answer="2")]
+    loaded = load_sources([write(tmp_path / "train.jsonl", rows)], Config(rollout=Rollout(max_prompt_tokens=512)), TOKENIZER,
+                          verifiable=True)
+    assert {d: s.size for d, s in loaded.sources.items()} == {"science": 4, "code": 1, "math": 1}
+    assert loaded.skipped == {"structured_outputs (no verifier)": 1}
+    assert loaded.sources["science"].prompt(2).spec["options"]["B"] == "neon 2"
+
+
+def test_an_unresolved_placeholder_says_what_to_do(tmp_path):
+    path = write(tmp_path / "train.jsonl", [blend_rows.skywork_row(4)])
+    with pytest.raises(InputError, match=r"train.jsonl:1: a placeholder for row 4 of skywork; restore it first: python -m m2rl"):
+        load_sources([path], Config(), TOKENIZER, verifiable=True)
+
+
+def test_rows_are_read_again_from_disk_when_drawn(tmp_path):
+    rows = [{"domain": "math", "id": i, "prompt": f"text \u2028 {i}", "answer": "1"} for i in range(5)]
+    path = write(tmp_path / "a.jsonl", rows)
+    source = load_sources([path], Config(), TOKENIZER, verifiable=True).sources["math"]
+    assert [source.row(i).prompt for i in (4, 0, 2)] == [f"text \u2028 {i}" for i in (4, 0, 2)]
+    assert not source.shelf.held
+
+
+def test_a_prompt_within_the_byte_bound_is_within_the_token_bound():
+    row = normalise({"domain": "math", "prompt": "x" * 300, "answer": "1"}, "f:1")
+    assert not surely_short(row, Domain("math"), 300) and surely_short(row, Domain("math"), 300 + 256)
+    assert not surely_short(row, Domain("math", system_prompt="y" * 300), 300 + 256)
+    tools = normalise({"domain": "agent", "prompt": "x", "tools": [{"name": "z" * 5000}]}, "f:1")
+    assert not surely_short(tools, Domain("agent"), 2048)
+
+
+def test_a_shelf_of_parquet_rows_keeps_their_json():
+    shelf = Shelf()
+    shelf.add("unused", -1, {"a": [1, None]})
+    assert len(shelf) == 1 and shelf[0] == {"a": [1, None]}
