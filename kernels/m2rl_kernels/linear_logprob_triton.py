@@ -265,10 +265,10 @@ def convert_kernel(E, out, y, alpha, beta, at_target, V, stride_e, stride_out, B
 
 @triton.jit
 def grad_hidden_kernel(e_desc, w_desc, E, w, acc32, out, scale, M, V, H, stride_e, stride_w,
-                       FIRST: tl.constexpr, LAST: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+                       FIRST: tl.constexpr, ONLY: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
                        BK: tl.constexpr, GROUP: tl.constexpr):
-    """[BM, BV] tile of (E' w), the vocabulary in order, continued from acc32 unless FIRST; LAST scales rows and
-    rounds to `out`."""
+    """[BM, BV] tile of (E' w), the vocabulary in order, continued from acc32 unless FIRST. The ONLY slice scales its
+    rows and rounds them to `out`; one of several leaves its sums in acc32."""
     n_m, n_h = tl.cdiv(M, BM), tl.cdiv(H, BV)
     in_group = GROUP * n_h
     t = tl.program_id(0)
@@ -280,11 +280,12 @@ def grad_hidden_kernel(e_desc, w_desc, E, w, acc32, out, scale, M, V, H, stride_
     col = tile_h * BV + tl.arange(0, BV)
     row64 = row.to(tl.int64)
     mask = (row < M)[:, None] & (col < H)[None, :]
-    at = row64[:, None] * H + col[None, :]
+    corner = (tile_m * BM).to(tl.int64) * H + tile_h * BV  # an int64 corner and int32 steps: fewer registers
+    step = tl.arange(0, BM)[:, None] * H + tl.arange(0, BV)[None, :]
     if FIRST:
         acc = tl.zeros([BM, BV], tl.float32)
     else:
-        acc = tl.load(acc32 + at, mask=mask, other=0.0)
+        acc = tl.load(acc32 + corner + step, mask=mask, other=0.0)
     for k in range(0, V, BK):
         if TMA:
             a = e_desc.load([tile_m * BM, k])
@@ -296,11 +297,11 @@ def grad_hidden_kernel(e_desc, w_desc, E, w, acc32, out, scale, M, V, H, stride_
             b = tl.load(w + depth.to(tl.int64)[:, None] * stride_w + col[None, :],
                         mask=(depth < V)[:, None] & (col < H)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    if LAST:
+    if ONLY:
         a_i = tl.load(scale + row, mask=row < M, other=0.0)
-        tl.store(out + at, (acc * a_i[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + corner + step, (acc * a_i[:, None]).to(out.dtype.element_ty), mask=mask)
     else:
-        tl.store(acc32 + at, acc, mask=mask)
+        tl.store(acc32 + corner + step, acc, mask=mask)
 
 
 # ---- launches ------------------------------------------------------------------------------------------------------
@@ -404,13 +405,13 @@ def _add_product(out32: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(out32, a, b, out_dtype=torch.float32, out=out32)
 
 
-def _grad_hidden(E, w, acc32, out, scale, first: bool, last: bool) -> None:
+def _grad_hidden(E, w, acc32, out, scale, first: bool, only: bool) -> None:
     (M, V), H, c = E.shape, w.shape[1], tile_for("grad_hidden", w)
     grid = (triton.cdiv(M, c.BM) * triton.cdiv(H, c.BV),)
     grad_hidden_kernel[grid](
         _desc(E, [c.BM, c.BK], c.tma), _desc(w, [c.BK, c.BV], c.tma), E, w, out if acc32 is None else acc32, out,
         scale, M, V,
-        H, E.stride(0), w.stride(0), FIRST=first, LAST=last, TMA=c.tma, BM=c.BM, BV=c.BV, BK=c.BK, GROUP=c.group,
+        H, E.stride(0), w.stride(0), FIRST=first, ONLY=only, TMA=c.tma, BM=c.BM, BV=c.BV, BK=c.BK, GROUP=c.group,
         num_warps=c.num_warps, num_stages=c.num_stages)
 
 
@@ -482,7 +483,7 @@ def backward(c_M, h_M, x_MH, w_VH, y_M, stats, cache_RV, inv_t, need_hidden, nee
                         source, F[part], y_s[part], alpha[part], beta[part], at_target[part], ve - v, source.stride(0),
                         F.stride(0), B=2048)
         if rest and grad_x is not None:
-            _grad_hidden(F, w_s, acc32, grad_x[done:], scale[done:], v == 0, ve == V)
+            _grad_hidden(F, w_s, acc32, grad_x[done:], scale[done:], v == 0, acc32 is None)
         if need_weight:
             sums = grad_weight_out[v:ve] if slice_w is None else slice_w[: ve - v]
             if done:
@@ -495,4 +496,6 @@ def backward(c_M, h_M, x_MH, w_VH, y_M, stats, cache_RV, inv_t, need_hidden, nee
                 grad_w[v:ve] = sums
             elif direct is None:
                 grad_weight_out[v:ve] += sums
+    if grad_x is not None and acc32 is not None:
+        grad_x[done:] = acc32.mul_(scale[done:, None])
     return grad_x, grad_w
