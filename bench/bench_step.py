@@ -1,10 +1,12 @@
-"""One GRPO step of the default model: ours by phase, and TRL's GRPOTrainer on the same model, prompts, group size and lengths.
+"""One GRPO step of the default model: ours by phase, and TRL's GRPOTrainer on the same model, prompts, group size and
+lengths.
 
     pytest bench/bench_step.py --benchmark-only
 
-Both sides: the embedded model after a short warm start, 16 prompts x 16 samples of math and instruction following, at most 24 new
-tokens, temperature 1, strictly on-policy, no KL, float32, one thread, rewards by the same verifiers. A step is rollout + rewards +
-forward + backward + AdamW (+ ours: sync into the engine). The row to read is samples per second in `extra_info`.
+Both sides: the embedded model after a short warm start, 16 prompts x 16 samples of math and instruction following, at
+most 24 new tokens, temperature 1, strictly on-policy, no KL, float32, one thread, rewards by the same verifiers. A step
+is rollout + rewards + forward + backward + AdamW (+ ours: sync into the engine). The row to read is samples per second
+in `extra_info`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ DOMAINS = (Domain("math", quota=8), Domain("if", quota=8))
 
 
 class Gate:
-    """Lets a loop that runs in its own thread take one step at a time, so that the benchmark times exactly that step."""
+    """Lets a loop that runs in its own thread take one step at a time, so that the benchmark times exactly that
+    step."""
 
     def __init__(self, loop):
         self.go, self.done, self.error = threading.Semaphore(0), threading.Semaphore(0), None
@@ -62,8 +65,14 @@ def config(folder, **changes):
     table, where = read_toml("embedded")
     base = build(train.Config, table, where)
     return dataclasses.replace(
-        base, run_dir=str(folder / "run"), domain=DOMAINS, data=Data(eval=()), warm_start="",
-        train=dataclasses.replace(base.train, steps=ROUNDS + WARMUP, save_every=0), **changes)
+        base,
+        run_dir=str(folder / "run"),
+        domain=DOMAINS,
+        data=Data(eval=()),
+        warm_start="",
+        train=dataclasses.replace(base.train, steps=ROUNDS + WARMUP, save_every=0),
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,12 @@ def warm_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("step")
     table, where = read_toml("embedded_sft")
     sft = build(train.Config, table, where)
-    sft = dataclasses.replace(sft, run_dir=str(folder / "sft"), domain=tuple(Domain(d.name, weight=1.0) for d in DOMAINS),
-                              train=dataclasses.replace(sft.train, steps=150))
+    sft = dataclasses.replace(
+        sft,
+        run_dir=str(folder / "sft"),
+        domain=tuple(Domain(d.name, weight=1.0) for d in DOMAINS),
+        train=dataclasses.replace(sft.train, steps=150),
+    )
     torch.set_num_threads(1)
     model = train.Run(sft, torch.device("cpu"), Stopping(), Display(False)).sft()
     return model
@@ -95,8 +108,11 @@ def test_m2rl(benchmark, warm_model, tmp_path):
     gate.thread.join(60)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][WARMUP:]
     phases = {k: statistics.median(r[k] for r in rows) for k in rows[0] if k.startswith("time/")}
-    benchmark.extra_info |= phases | {"samples_per_s": 256 / benchmark.stats.stats.median, "torch": torch.__version__,
-                                      "response_tokens": statistics.median(r["math/response_tokens"] for r in rows)}
+    benchmark.extra_info |= phases | {
+        "samples_per_s": 256 / benchmark.stats.stats.median,
+        "torch": torch.__version__,
+        "response_tokens": statistics.median(r["math/response_tokens"] for r in rows),
+    }
 
 
 def test_trl(benchmark, warm_model, tmp_path):
@@ -126,16 +142,43 @@ def test_trl(benchmark, warm_model, tmp_path):
             gate.after_step()
 
     arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=256, num_generations=16, max_completion_length=24, temperature=1.0,
-        beta=0.0, loss_type="grpo", learning_rate=3e-4, lr_scheduler_type="constant", adam_beta2=0.98, max_steps=ROUNDS + WARMUP,
-        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", shuffle_dataset=False, gradient_checkpointing=False,
-        bf16=False, disable_tqdm=True, dataloader_pin_memory=False, top_k=0)
-    trainer = trl.GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(warm_model), reward_funcs=reward, args=arguments,
-                              train_dataset=rows, processing_class=tokenizer, callbacks=[Steps()])
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=256,
+        num_generations=16,
+        max_completion_length=24,
+        temperature=1.0,
+        beta=0.0,
+        loss_type="grpo",
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        adam_beta2=0.98,
+        max_steps=ROUNDS + WARMUP,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        top_k=0,
+    )
+    trainer = trl.GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(warm_model),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[Steps()],
+    )
     gate = Gate(lambda g: trainer.train())
     benchmark.pedantic(gate.step, rounds=ROUNDS, warmup_rounds=WARMUP)
-    benchmark.extra_info |= {"samples_per_s": 256 / benchmark.stats.stats.median, "trl": trl.__version__,
-                             "response_tokens": statistics.mean(lengths)}
+    benchmark.extra_info |= {
+        "samples_per_s": 256 / benchmark.stats.stats.median,
+        "trl": trl.__version__,
+        "response_tokens": statistics.mean(lengths),
+    }
 
 
 def _judge(prompt, completion, specs):

@@ -55,7 +55,8 @@ def _fsync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path):
-    """Yield a temporary sibling folder on every rank; rank 0 syncs and renames it to `target` when the block ends well."""
+    """Yield a temporary sibling folder on every rank; rank 0 syncs and renames it to `target` when the block ends
+    well."""
     partial = target.with_name(f".{target.name}.partial")
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,15 +99,26 @@ def _quiet():
         yield
 
 
-def save(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, config_toml: str, keep: int,
-         extra: Mapping[str, Any]) -> Path:
-    """Write step `step` and drop all but the newest `keep`; collective. OSError (disk full) leaves the older ones intact."""
+def save(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    config_toml: str,
+    keep: int,
+    extra: Mapping[str, Any],
+) -> Path:
+    """Write step `step` and drop all but the newest `keep`; collective. OSError (disk full) leaves the older ones
+    intact."""
     target = folder / "checkpoints" / f"step-{step:06d}"
     with _quiet(), atomic_folder(target) as partial:
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         try:
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(partial / "shards"),
-                     no_dist=not dist.is_initialized())
+            dcp.save(
+                {"model": model_state, "optimizer": optimizer_state},
+                checkpoint_id=str(partial / "shards"),
+                no_dist=not dist.is_initialized(),
+            )
         except CheckpointException as error:
             for failure, _ in error.failures.values():
                 if isinstance(failure, OSError):  # a full disk is the user's business: give it its own name back
@@ -129,8 +141,13 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         target = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(target, checkpoint_id=str(path / "shards"), no_dist=not dist.is_initialized())
-        set_state_dict(policy, optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"],
-                       options=StateDictOptions(strict=True))
+        set_state_dict(
+            policy,
+            optimizer,
+            model_state_dict=target["model"],
+            optim_state_dict=target["optimizer"],
+            options=StateDictOptions(strict=True),
+        )
     rng = path / f"rng-{rank()}.pt"
     if rng.exists():  # absent when the world has grown: nothing of ours draws from it, see Mixture and sample_seed
         set_rng_state(torch.load(rng, weights_only=False))
@@ -160,7 +177,8 @@ def export(target: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dty
 
 
 def resume_path(folder: Path, resume: str, steps: int) -> Path | None:
-    """The checkpoint to continue from: the newest complete one of an unfinished run, a given folder, or None to start."""
+    """The checkpoint to continue from: the newest complete one of an unfinished run, a given folder, or None to
+    start."""
     if resume == "never":
         return None
     if resume != "auto":

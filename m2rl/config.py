@@ -2,8 +2,8 @@
 
     load(["--config", "qwen3_4b_math", "--rollout.group-size", "8"]) -> (Config, Launch)
 
-The dataclasses below are the whole vocabulary: an unknown key is an error with a suggestion, a wrong type names the key.
-Names follow TRL and verl where those agree; README has the table.
+The dataclasses below are the whole vocabulary: an unknown key is an error with a suggestion, a wrong type names the
+key. Names follow TRL and verl where those agree; README has the table.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Rollout:
     max_new_tokens: int = 1024
     """A response is cut here; a cut response has finish reason "length"."""
     temperature: float = 1.0
-    """Of sampling, and of the log-probabilities that are trained. top-p, top-k and penalties are never used in training."""
+    """Of sampling, and of the log-probabilities that are trained. top-p, top-k and penalties are never used in
+    training."""
     max_sequences: int = 256
     """Sequences decoded at once on one rank."""
     deterministic: bool = True
@@ -99,7 +100,8 @@ class Rollout:
     verifier_timeout_s: float = 10.0
     """Wall time one response may take to verify; then its worker is killed and the status is "timeout"."""
     sandbox: Literal["auto", "trusted"] = "auto"
-    """How programs of the model run: "auto" = the strongest isolation found, else refuse; "trusted" = rlimits only, warns."""
+    """How programs of the model run: "auto" = the strongest isolation found, else refuse; "trusted" = rlimits only,
+    with a warning every run."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,18 @@ class Objective:
     loss: Literal["grpo", "cispo", "gspo", "reinforce"] = "grpo"
     """grpo: clipped ratio; cispo: clipped weight; gspo: sequence ratio; reinforce: no ratio."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std"] = "grpo"
-    """grpo: (r - mean) / (std + 1e-6); dr_grpo: r - mean; rloo: leave-one-out mean; batch_std: std of the whole batch."""
+    """grpo: (r - mean) / (std + 1e-6); dr_grpo: r - mean; rloo: leave-one-out mean; batch_std: std of the whole
+    batch."""
     aggregation: Literal["sequence", "token", "constant", "domain"] = "sequence"
-    """Denominator: mean over a sample's tokens, then samples; all tokens; samples x max_new_tokens; equal mass per domain."""
+    """Denominator: mean over a sample's tokens, then samples; all tokens; samples x max_new_tokens; equal mass per
+    domain."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 0.0
     """Bound on the loss of negative advantages (PPO dual clip), e.g. 3; 0 = off."""
     tis_cap: float = 2.0
-    """Truncated importance sampling: caps the trainer / engine probability ratio that corrects their mismatch; 0 = off."""
+    """Truncated importance sampling: caps the trainer / engine probability ratio that corrects their mismatch; 0 =
+    off."""
     kl_coef: float = 0.0
     """Of the KL to the reference policy (the starting weights); 0 = no reference model is loaded, no pass is run."""
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -191,7 +196,8 @@ class Config:
     warm_start_steps: int = 0
     """Overrides the steps of the warm start; 0 = its own."""
     resume: str = "auto"
-    """auto: continue the unfinished run in the run folder from its newest complete checkpoint; never: start over; or a folder."""
+    """auto: continue the unfinished run in the run folder from its newest complete checkpoint; never: start over; or a
+    folder."""
     threads: int = 1
     """CPU threads per process."""
     model: Model = field(default_factory=Model)
@@ -218,9 +224,23 @@ class Launch:
 
 
 # What a resumed run may change without becoming another run.
-RESUME_MAY_CHANGE = {"name", "run_dir", "resume", "threads", "log", "evaluation", "warm_start", "warm_start_steps",
-                     "train.steps", "train.save_every", "train.keep_checkpoints", "rollout.verifier_workers",
-                     "rollout.max_sequences", "rollout.kv_cache_gib", "rollout.stall_timeout_s"}
+RESUME_MAY_CHANGE = {
+    "name",
+    "run_dir",
+    "resume",
+    "threads",
+    "log",
+    "evaluation",
+    "warm_start",
+    "warm_start_steps",
+    "train.steps",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "rollout.verifier_workers",
+    "rollout.max_sequences",
+    "rollout.kv_cache_gib",
+    "rollout.stall_timeout_s",
+}
 
 
 def named_configs() -> list[str]:
@@ -236,8 +256,10 @@ def read_toml(name: str) -> tuple[dict[str, Any], str]:
         packaged = resources.files("m2rl.configs") / f"{name.removesuffix('.toml')}.toml"
         if "/" in name or not packaged.is_file():
             near = difflib.get_close_matches(name, named_configs(), 1)
-            raise InputError(f"--config {name}: no such file, and no shipped config of that name"
-                             f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(named_configs())})")
+            raise InputError(
+                f"--config {name}: no such file, and no shipped config of that name"
+                f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(named_configs())})"
+            )
         text, where = packaged.read_text(encoding="utf-8"), f"m2rl/configs/{packaged.name}"
     try:
         return tomllib.loads(text), where
@@ -268,8 +290,10 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         choices = typing.get_args(hint)
         if value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
-            raise InputError(f"{where}: {key} must be one of {', '.join(map(repr, choices))}, got {value!r}"
-                             f"{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise InputError(
+                f"{where}: {key} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+                f"{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
         return value
     if origin is tuple:
         if isinstance(value, str):
@@ -277,7 +301,10 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, list):
             raise InputError(f"{where}: {key} must be a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
-    if origin in (typing.Union, types.UnionType):  # pragma: no branch - none in the schema today but `X | None` reads naturally
+    if origin in (
+        typing.Union,
+        types.UnionType,
+    ):  # pragma: no branch - none in the schema today but `X | None` reads naturally
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -288,35 +315,54 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 
 def check(config: Config, where: str) -> Config:
     """The rules between and inside keys; InputError names the first that is broken."""
+
     def need(ok: bool, message: str) -> None:
         if not ok:
             raise InputError(f"{where}: {message}")
 
     r, o, t, opt = config.rollout, config.objective, config.train, config.optim
     if config.algorithm == "grpo":
-        need(r.group_size >= 2, f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)")
+        need(
+            r.group_size >= 2,
+            f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)",
+        )
         need(r.prompts_per_step >= 1, f"rollout.prompts_per_step must be at least 1, got {r.prompts_per_step}")
         need(r.temperature > 0, f"rollout.temperature must be above 0, got {r.temperature}")
         need(0 <= r.carry_over < 1, f"rollout.carry_over must be in [0, 1), got {r.carry_over}")
         if r.carry_over:
             need(not r.deterministic, "rollout.carry_over needs rollout.deterministic = false: it depends on timing")
-            need(o.tis_cap > 0, "rollout.carry_over needs objective.tis_cap above 0: its tokens are older than the policy")
+            need(
+                o.tis_cap > 0,
+                "rollout.carry_over needs objective.tis_cap above 0: its tokens are older than the policy",
+            )
             need(not r.dynamic_sampling_rounds, "rollout.carry_over and dynamic_sampling_rounds exclude each other")
             need(r.tensor_parallel == 1, "rollout.carry_over needs rollout.tensor_parallel = 1")
         need(r.tensor_parallel >= 1, f"rollout.tensor_parallel must be at least 1, got {r.tensor_parallel}")
-        need(r.tensor_parallel == 1 or r.engine == "vllm", 'rollout.tensor_parallel above 1 needs rollout.engine "vllm"')
+        need(
+            r.tensor_parallel == 1 or r.engine == "vllm", 'rollout.tensor_parallel above 1 needs rollout.engine "vllm"'
+        )
         need(r.kv_cache_gib > 0, f"rollout.kv_cache_gib must be above 0, got {r.kv_cache_gib}")
         need(r.stall_timeout_s > 0, f"rollout.stall_timeout_s must be above 0, got {r.stall_timeout_s}")
         need(r.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {r.max_new_tokens}")
         need(0 <= o.clip_low < 1, f"objective.clip_low must be in [0, 1), got {o.clip_low}")
-        need(o.updates_per_rollout >= 1, f"objective.updates_per_rollout must be at least 1, got {o.updates_per_rollout}")
-        need(o.updates_per_rollout <= r.prompts_per_step, "objective.updates_per_rollout must not exceed rollout.prompts_per_step")
+        need(
+            o.updates_per_rollout >= 1, f"objective.updates_per_rollout must be at least 1, got {o.updates_per_rollout}"
+        )
+        need(
+            o.updates_per_rollout <= r.prompts_per_step,
+            "objective.updates_per_rollout must not exceed rollout.prompts_per_step",
+        )
         need(o.kl_coef >= 0, f"objective.kl_coef must not be negative, got {o.kl_coef}")
         need(o.dual_clip == 0 or o.dual_clip > 1, f"objective.dual_clip must be 0 (off) or above 1, got {o.dual_clip}")
         quotas = sum(d.quota for d in config.domain)
-        need(quotas <= r.prompts_per_step, f"domain quotas add up to {quotas}, more than rollout.prompts_per_step {r.prompts_per_step}")
-        need(not config.domain or any(not d.quota for d in config.domain) or quotas == r.prompts_per_step,
-             f"domain quotas add up to {quotas}, not to rollout.prompts_per_step {r.prompts_per_step}")
+        need(
+            quotas <= r.prompts_per_step,
+            f"domain quotas add up to {quotas}, more than rollout.prompts_per_step {r.prompts_per_step}",
+        )
+        need(
+            not config.domain or any(not d.quota for d in config.domain) or quotas == r.prompts_per_step,
+            f"domain quotas add up to {quotas}, not to rollout.prompts_per_step {r.prompts_per_step}",
+        )
     else:
         need(t.batch_size >= 1, f"train.batch_size must be at least 1, got {t.batch_size}")
     need(t.steps >= 1, f"train.steps must be at least 1, got {t.steps}")
@@ -347,17 +393,26 @@ def load(argv: list[str], prog: str = "torchrun -m m2rl.train", default: str = "
         import tyro  # here: its import costs 0.3 s that the run without overrides need not pay
 
         where = f"{where} with {' '.join(rest)}"
-        config = tyro.cli(Config, default=config, args=rest, prog=prog, config=(tyro.conf.FlagConversionOff,), description=(
-            "Train one language model on several domains with verifiable rewards.\n\n"
-            "--config FILE|NAME  a TOML file or a shipped config "
-            f"({', '.join(named_configs())}); default {default}\n"
-            "--dry-run           resolve everything, print the plan, train nothing\n\n"
-            "Every key of the config is an option:"))
+        config = tyro.cli(
+            Config,
+            default=config,
+            args=rest,
+            prog=prog,
+            config=(tyro.conf.FlagConversionOff,),
+            description=(
+                "Train one language model on several domains with verifiable rewards.\n\n"
+                "--config FILE|NAME  a TOML file or a shipped config "
+                f"({', '.join(named_configs())}); default {default}\n"
+                "--dry-run           resolve everything, print the plan, train nothing\n\n"
+                "Every key of the config is an option:"
+            ),
+        )
     return check(config, where), Launch(known.config, known.dry_run)
 
 
 def to_toml(config: Config) -> str:
     """The resolved config as TOML, for the run folder; `build(Config, tomllib.loads(text))` gives it back."""
+
     def scalar(value: Any) -> str:
         if isinstance(value, bool):
             return str(value).lower()
@@ -382,6 +437,7 @@ def to_toml(config: Config) -> str:
 
 def differing_keys(saved: Config, now: Config) -> list[str]:
     """Dotted keys in which two configs differ, of those that a resumed run must not change."""
+
     def flat(config: Config) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(config):

@@ -1,7 +1,7 @@
 """The built-in model: a 0.42M-parameter Qwen3 (2 layers, d=128) and its tokenizer, made here from nothing.
 
-Small enough for GRPO to lift it by tens of points in two minutes on a CPU, and an ordinary Hugging Face folder once saved:
-everything that reads it is the code that reads a 4B checkpoint.
+Small enough for GRPO to lift it by tens of points in two minutes on a CPU, and an ordinary Hugging Face folder once
+saved: everything that reads it is the code that reads a 4B checkpoint.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Greedy longest match over VOCABULARY: WordPiece without word boundaries or a continuation prefix."""
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *VOCABULARY))}
-    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=1 << 20,
-                                       continuing_subword_prefix=""))
+    inner = Tokenizer(
+        models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=1 << 20, continuing_subword_prefix="")
+    )
     inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
-                                        unk_token="<unk>", clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -37,10 +44,22 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
     """Matrices N(0, 1/fan_in), residual outputs scaled by 1/sqrt(2 layers), embeddings N(0, 0.02^2); float32."""
     config = Qwen3Config(
-        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, intermediate_size=384, max_position_embeddings=256, rope_parameters={
-            "rope_type": "default", "rope_theta": 1e4}, tie_word_embeddings=True, attention_bias=False,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2, dtype="float32")
+        vocab_size=vocab_size,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=True,
+        attention_bias=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        dtype="float32",
+    )
     model = Qwen3ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""What every command does around its work: process group, device, signals, and errors as one line with an exit status."""
+"""What every command does around its work: process group, device, signals, and errors as one line with an exit
+status."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from m2rl_kernels import plan_packing
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,7 +20,6 @@ from m2rl.config import Optim
 from m2rl.objectives import STATS, TrainRow
 from m2rl.policy import Packed, Policy
 from m2rl.types import StepStats
-from m2rl_kernels import plan_packing
 
 ObjectiveFn = Callable[[Tensor, Tensor | None, dict[str, Tensor], int], tuple[Tensor, Tensor]]
 
@@ -35,19 +35,33 @@ class Bin:
     members: list[int]  # indices into the step's rows
 
 
-def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.device, temperature_field: bool = False) -> Bin:
+def make_bin(
+    rows: Sequence[TrainRow], members: Sequence[int], device: torch.device, temperature_field: bool = False
+) -> Bin:
     """Lay the member rows end to end. A bin without members holds one token of weight 0, so that every rank runs it."""
     chosen = [rows[i] for i in members]
     if not chosen:
-        chosen = [TrainRow([0, 0], np.array([False, True]), 0.0, 0.0, 0, np.zeros(1, np.float32), np.zeros(1, np.float32),
-                           np.zeros(1, np.float32))]
+        chosen = [
+            TrainRow(
+                [0, 0],
+                np.array([False, True]),
+                0.0,
+                0.0,
+                0,
+                np.zeros(1, np.float32),
+                np.zeros(1, np.float32),
+                np.zeros(1, np.float32),
+            )
+        ]
     packed = Packed.of([r.tokens for r in chosen], device)
     trained = np.concatenate([r.trained for r in chosen])
     position = np.flatnonzero(trained)
     counts = np.array([int(r.trained.sum()) for r in chosen])
-    spread = {"weight": np.array([r.weight for r in chosen], np.float32),
-              "advantage": np.array([r.advantage for r in chosen], np.float32),
-              "domain": np.array([r.domain for r in chosen], np.int64)}
+    spread = {
+        "weight": np.array([r.weight for r in chosen], np.float32),
+        "advantage": np.array([r.advantage for r in chosen], np.float32),
+        "domain": np.array([r.domain for r in chosen], np.int64),
+    }
     arrays = {k: np.repeat(v, counts) for k, v in spread.items()}
     for name in ("behaviour_logp", "old_logp", "ref_logp"):
         values = [getattr(r, name) for r in chosen]
@@ -62,15 +76,25 @@ def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.dev
 class Learner:
     """Policy, AdamW and the learning-rate schedule. Collective over the ranks: all call `step` with the same rows."""
 
-    def __init__(self, policy: Policy, optim: Optim, steps: int, tokens_per_bin: int, domains: Sequence[str],
-                 temperature: float = 1.0):
+    def __init__(
+        self,
+        policy: Policy,
+        optim: Optim,
+        steps: int,
+        tokens_per_bin: int,
+        domains: Sequence[str],
+        temperature: float = 1.0,
+    ):
         self.policy, self.optim, self.steps, self.tokens_per_bin = policy, optim, steps, tokens_per_bin
         self.domains, self.temperature = list(domains), temperature
         decay = [p for p in policy.parameters() if p.ndim >= 2]
         plain = [p for p in policy.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            fused=True,
+        )
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -91,12 +115,15 @@ class Learner:
         lengths = [len(r.tokens) for r in rows]
         hidden = self.policy.config.hidden_size
         # Per token 12 H^2 of matrix work against H per earlier token of attention (forward, per layer).
-        plan = plan_packing(lengths, max(self.tokens_per_bin, max(lengths, default=2)), self.world, cost=(12.0 * hidden, 1.0))
+        plan = plan_packing(
+            lengths, max(self.tokens_per_bin, max(lengths, default=2)), self.world, cost=(12.0 * hidden, 1.0)
+        )
         return [make_bin(rows, list(members), self.policy.device) for members in plan.bins[self.rank]]
 
     @torch.no_grad()
     def score(self, rows: Sequence[TrainRow], policy: Policy | None = None) -> list[np.ndarray]:
-        """[trained] float32 log-probability of every row's trained tokens, under `policy` (default: the one being trained)."""
+        """[trained] float32 log-probability of every row's trained tokens, under `policy` (default: the one being
+        trained)."""
         mine: list[tuple[int, np.ndarray]] = []
         for b in self.bins(rows):
             logp, _ = (policy or self.policy)(b.packed, b.rows, b.targets, self.temperature, False)

@@ -1,4 +1,5 @@
-"""What a run writes down and shows: metrics.jsonl and rollouts.jsonl always, TensorBoard or W&B when asked, a live console."""
+"""What a run writes down and shows: metrics.jsonl and rollouts.jsonl always, TensorBoard or W&B when asked, a live
+console."""
 
 from __future__ import annotations
 
@@ -57,32 +58,40 @@ def training_metrics(stats: StepStats) -> dict[str, float]:
 class Recorder:
     """Writes the run's records; on ranks other than 0 it writes nothing."""
 
-    def __init__(self, folder: Path, options: Log, active: bool, config: Mapping[str, Any], name: str, keep_to_step: int | None):
+    def __init__(
+        self, folder: Path, options: Log, active: bool, config: Mapping[str, Any], name: str, keep_to_step: int | None
+    ):
         self.active, self.options, self.writer, self.wandb = active, options, None, None
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for stem in ("metrics", "rollouts"):
             _truncate(folder / f"{stem}.jsonl", keep_to_step)
-        self.metrics_file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.rollouts_file = open(folder / "rollouts.jsonl", "a", encoding="utf-8")
+        self.metrics_file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self.rollouts_file = open(folder / "rollouts.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if options.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise InputError("log.tensorboard: the tensorboard package is not installed (pip install tensorboard)") from None
+                raise InputError(
+                    "log.tensorboard: the tensorboard package is not installed (pip install tensorboard)"
+                ) from None
             self.writer = SummaryWriter(str(folder / "tensorboard"))
         if options.wandb:
             try:
                 import wandb
             except ImportError:
                 raise InputError("log.wandb: the wandb package is not installed (pip install wandb)") from None
-            self.wandb = wandb.init(project=options.wandb, name=name, dir=str(folder), config=dict(config), resume="allow")
+            self.wandb = wandb.init(
+                project=options.wandb, name=name, dir=str(folder), config=dict(config), resume="allow"
+            )
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         if not self.active:
             return
-        clean = {k: (round(v, 8) if math.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in values.items()}
+        clean = {
+            k: (round(v, 8) if math.isfinite(v) else str(v)) if isinstance(v, float) else v for k, v in values.items()
+        }
         self.metrics_file.write(json.dumps({"step": step, **clean}) + "\n")
         self.metrics_file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
@@ -100,11 +109,26 @@ class Recorder:
         for s in samples:
             if written[s.prompt.domain] < self.options.rollouts_per_step:
                 written[s.prompt.domain] += 1
-                self.rollouts_file.write(json.dumps({
-                    "step": step, "domain": s.prompt.domain, "prompt_id": s.prompt.id, "sample": s.index,
-                    "prompt": s.prompt.text, "response": s.text, "reward": None if math.isnan(s.reward) else s.reward,
-                    "status": s.status, "detail": s.detail, "finish": s.finish, "tokens": len(s.tokens),
-                    "weight_version": s.weight_version}, ensure_ascii=False) + "\n")
+                self.rollouts_file.write(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "domain": s.prompt.domain,
+                            "prompt_id": s.prompt.id,
+                            "sample": s.index,
+                            "prompt": s.prompt.text,
+                            "response": s.text,
+                            "reward": None if math.isnan(s.reward) else s.reward,
+                            "status": s.status,
+                            "detail": s.detail,
+                            "finish": s.finish,
+                            "tokens": len(s.tokens),
+                            "weight_version": s.weight_version,
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
         self.rollouts_file.flush()
 
     def close(self) -> None:
@@ -149,9 +173,16 @@ class Display:
             return
         if not self.console.is_terminal:
             return
-        self.bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                            console=self.console, refresh_per_second=4)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            refresh_per_second=4,
+        )
         self.task = self.bar.add_task(title, total=total, completed=done, note="")
         self.bar.start()
 
@@ -183,6 +214,11 @@ def scores_table(before: Mapping[str, Score], after: Mapping[str, Score]) -> Tab
         a = after[domain]
         table.add_row(domain, cell(b), cell(a), f"{100 * (a.avg_at_k - b.avg_at_k):+.1f}", str(a.problems))
     table.add_section()
-    table.add_row("average", f"{100 * average(before):.1f}", f"{100 * average(after):.1f}",
-                  f"{100 * (average(after) - average(before)):+.1f}", "")
+    table.add_row(
+        "average",
+        f"{100 * average(before):.1f}",
+        f"{100 * average(after):.1f}",
+        f"{100 * (average(after) - average(before)):+.1f}",
+        "",
+    )
     return table

@@ -3,8 +3,8 @@
     samples -> group_advantages -> token weights over the GLOBAL batch -> rows   (host, once per step)
     loss = sum over trained tokens of weight_t * loss_t                          (device, per bin)
 
-After `to_rows` no denominator is left: the learner computes a plain sum, so the gradient cannot depend on the size of a bin,
-the order of packing or the number of ranks.
+After `to_rows` no denominator is left: the learner computes a plain sum, so the gradient cannot depend on the size of a
+bin, the order of packing or the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from m2rl_kernels import group_advantages, policy_loss
+from m2rl_kernels.policy_loss import STATS
 from torch import Tensor
 
 from m2rl.config import Objective
 from m2rl.types import Sample
-from m2rl_kernels import group_advantages, policy_loss
-from m2rl_kernels.policy_loss import STATS
 
 
 @dataclass(slots=True)
@@ -52,9 +52,11 @@ def trained_mask(sample: Sample) -> np.ndarray:
     return np.concatenate([np.zeros(len(sample.prompt.tokens), dtype=bool), mask])
 
 
-def token_weights(lengths: np.ndarray, domains: np.ndarray, included: np.ndarray, aggregation: str,
-                  max_new_tokens: int) -> np.ndarray:
-    """[S] float64 weight of each trained token of a sample, by how the batch is averaged. S samples, `lengths` trained tokens.
+def token_weights(
+    lengths: np.ndarray, domains: np.ndarray, included: np.ndarray, aggregation: str, max_new_tokens: int
+) -> np.ndarray:
+    """[S] float64 weight of each trained token of a sample, by how the batch is averaged. S samples, `lengths` trained
+    tokens.
 
     sequence: 1 / (samples * length): mean over a sample's tokens, then over samples (the paper, GRPO)
     token:    1 / (all trained tokens)                                              (DAPO)
@@ -81,22 +83,31 @@ def token_weights(lengths: np.ndarray, domains: np.ndarray, included: np.ndarray
 
 def group_stats(samples: Sequence[Sample], objective: Objective) -> tuple[np.ndarray, list[GroupStats]]:
     """([S] advantages, per-group statistics) of samples that lie group by group."""
-    starts = [i for i, s in enumerate(samples) if i == 0 or s.prompt is not samples[i - 1].prompt
-              and s.prompt.id != samples[i - 1].prompt.id]
+    starts = [
+        i
+        for i, s in enumerate(samples)
+        if i == 0 or (s.prompt is not samples[i - 1].prompt and s.prompt.id != samples[i - 1].prompt.id)
+    ]
     offsets = torch.tensor([*starts, len(samples)])
     rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
     result = group_advantages(rewards, offsets, mode=objective.advantage)
     live = result.live.numpy()
-    groups = [GroupStats(samples[a].prompt.domain, float(result.mean[g]), float(result.std[g]), bool(live[a:b].any()))
-              for g, (a, b) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist()))]
+    groups = [
+        GroupStats(samples[a].prompt.domain, float(result.mean[g]), float(result.std[g]), bool(live[a:b].any()))
+        for g, (a, b) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist()))
+    ]
     return np.where(live, result.adv.numpy(), 0.0), groups
 
 
-def to_rows(samples: Sequence[Sample], advantages: np.ndarray, domains: Sequence[str], objective: Objective,
-            max_new_tokens: int) -> list[TrainRow]:
+def to_rows(
+    samples: Sequence[Sample], advantages: np.ndarray, domains: Sequence[str], objective: Objective, max_new_tokens: int
+) -> list[TrainRow]:
     """The rows worth a forward pass. Without KL or entropy terms a sample of zero advantage adds exactly nothing to the
-    gradient and is dropped; the first of each dead group stays, at weight 0, so that its domain's metrics stay alive."""
-    included = np.array([not (objective.mask_truncated and s.finish == "length") and not np.isnan(s.reward) for s in samples])
+    gradient and is dropped; the first of each dead group stays, at weight 0, so that its domain's metrics stay
+    alive."""
+    included = np.array(
+        [not (objective.mask_truncated and s.finish == "length") and not np.isnan(s.reward) for s in samples]
+    )
     masks = [trained_mask(s) for s in samples]
     index = np.array([domains.index(s.prompt.domain) for s in samples])
     weights = token_weights(np.array([m.sum() for m in masks]), index, included, objective.aggregation, max_new_tokens)
@@ -107,8 +118,16 @@ def to_rows(samples: Sequence[Sample], advantages: np.ndarray, domains: Sequence
         if not mask.any() or not (gradient or s.index == 0):
             continue
         logp = np.asarray(s.logp, dtype=np.float32)
-        rows.append(TrainRow([*s.prompt.tokens, *s.tokens], mask, float(weight) if gradient else 0.0, float(advantage),
-                             int(domain), logp[mask[len(s.prompt.tokens):]]))
+        rows.append(
+            TrainRow(
+                [*s.prompt.tokens, *s.tokens],
+                mask,
+                float(weight) if gradient else 0.0,
+                float(advantage),
+                int(domain),
+                logp[mask[len(s.prompt.tokens) :]],
+            )
+        )
     return rows
 
 
@@ -122,14 +141,30 @@ class PolicyGradient:
     def with_entropy(self) -> bool:
         return True  # always a metric; its gradient is computed only when the bonus asks for it
 
-    def __call__(self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+    ) -> tuple[Tensor, Tensor]:
         o = self.options
         return policy_loss(
-            logp, fields.get("behaviour_logp"), fields["advantage"], fields["weight"], old_logp=fields.get("old_logp"),
-            ref_logp=fields.get("ref_logp"), kind=o.loss, eps_low=o.clip_low, eps_high=o.clip_high,
-            dual_clip=o.dual_clip or None, tis_cap=o.tis_cap or None, kl=o.kl, kl_coef=o.kl_coef,
-            entropy=entropy if o.entropy_coef else entropy.detach(), entropy_coef=o.entropy_coef,
-            cu_seqlens=fields["cu_seqlens"], segment=fields["domain"], n_segments=segments)
+            logp,
+            fields.get("behaviour_logp"),
+            fields["advantage"],
+            fields["weight"],
+            old_logp=fields.get("old_logp"),
+            ref_logp=fields.get("ref_logp"),
+            kind=o.loss,
+            eps_low=o.clip_low,
+            eps_high=o.clip_high,
+            dual_clip=o.dual_clip or None,
+            tis_cap=o.tis_cap or None,
+            kl=o.kl,
+            kl_coef=o.kl_coef,
+            entropy=entropy if o.entropy_coef else entropy.detach(),
+            entropy_coef=o.entropy_coef,
+            cu_seqlens=fields["cu_seqlens"],
+            segment=fields["domain"],
+            n_segments=segments,
+        )
 
 
 @dataclass(frozen=True)
@@ -138,10 +173,29 @@ class Supervised:
 
     with_entropy: bool = False
 
-    def __call__(self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int) -> tuple[Tensor, Tensor]:
-        return policy_loss(logp, None, fields["advantage"], fields["weight"], kind="reinforce", tis_cap=None,
-                           segment=fields["domain"], n_segments=segments)
+    def __call__(
+        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+    ) -> tuple[Tensor, Tensor]:
+        return policy_loss(
+            logp,
+            None,
+            fields["advantage"],
+            fields["weight"],
+            kind="reinforce",
+            tis_cap=None,
+            segment=fields["domain"],
+            n_segments=segments,
+        )
 
 
-__all__ = ["STATS", "GroupStats", "PolicyGradient", "Supervised", "TrainRow", "group_stats", "to_rows", "token_weights",
-           "trained_mask"]
+__all__ = [
+    "STATS",
+    "GroupStats",
+    "PolicyGradient",
+    "Supervised",
+    "TrainRow",
+    "group_stats",
+    "to_rows",
+    "token_weights",
+    "trained_mask",
+]

@@ -1,4 +1,5 @@
-"""`--dry-run`: everything a run resolves to, printed, and nothing trained: model, data, memory per GPU by phase, tokens per step."""
+"""`--dry-run`: everything a run resolves to, printed, and nothing trained: model, data, memory per GPU by phase, tokens
+per step."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ from m2rl.config import Config, to_toml
 
 # Published shapes, so that a plan needs neither the network nor the weights.
 QWEN3_SHAPES = {  # hidden, layers, heads, kv heads, ff, tied
-    "0.6B": (1024, 28, 16, 8, 3072, True), "1.7B": (2048, 28, 16, 8, 6144, True), "4B": (2560, 36, 32, 8, 9728, True),
-    "8B": (4096, 36, 32, 8, 12288, False), "14B": (5120, 40, 40, 8, 17408, False),
+    "0.6B": (1024, 28, 16, 8, 3072, True),
+    "1.7B": (2048, 28, 16, 8, 6144, True),
+    "4B": (2560, 36, 32, 8, 9728, True),
+    "8B": (4096, 36, 32, 8, 12288, False),
+    "14B": (5120, 40, 40, 8, 17408, False),
 }
 GB = 1e9
 CONTEXT_AND_GRAPHS = 3.5 * GB  # CUDA context, NCCL, captured graphs (estimate)
@@ -35,9 +39,16 @@ def model_config(path: str) -> tuple[PretrainedConfig, str]:
     except (OSError, ValueError):
         for size, (hidden, layers, heads, kv, ff, tied) in QWEN3_SHAPES.items():
             if f"Qwen3-{size}" in path or f"qwen3-{size.lower()}" in path.lower():
-                return Qwen3Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                                   num_key_value_heads=kv, head_dim=128, intermediate_size=ff, tie_word_embeddings=tied), (
-                    f"not on this disk; planned with the published Qwen3-{size} shape")
+                return Qwen3Config(
+                    vocab_size=151936,
+                    hidden_size=hidden,
+                    num_hidden_layers=layers,
+                    num_attention_heads=heads,
+                    num_key_value_heads=kv,
+                    head_dim=128,
+                    intermediate_size=ff,
+                    tie_word_embeddings=tied,
+                ), (f"not on this disk; planned with the published Qwen3-{size} shape")
     return Qwen3Config(), "not on this disk, shape unknown"
 
 
@@ -60,12 +71,20 @@ def memory_table(config: Config, shape: PretrainedConfig, parameters: int, world
     per_token = layers * hidden * low if config.model.activation_checkpointing else layers * hidden * low * 17
     state = 12 * parameters / shards  # fp32 master, Adam m and v
     rows = {
-        "train": {"fp32 master + Adam m, v": state, "fp32 gradients": 4 * parameters / shards,
-                  "unsharded layers in flight": low * parameters * (1 if shards == 1 else 3 / layers),
-                  "activations of one bin": per_token * bin_tokens, "log-prob cache": min(5 * 2**30, 2 * bin_tokens * shape.vocab_size)},
-        "rollout": {"fp32 master + Adam m, v": state, "engine weights": low * parameters,
-                    "KV cache, all sequences at full length": kv_token * config.rollout.max_sequences
-                    * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)},
+        "train": {
+            "fp32 master + Adam m, v": state,
+            "fp32 gradients": 4 * parameters / shards,
+            "unsharded layers in flight": low * parameters * (1 if shards == 1 else 3 / layers),
+            "activations of one bin": per_token * bin_tokens,
+            "log-prob cache": min(5 * 2**30, 2 * bin_tokens * shape.vocab_size),
+        },
+        "rollout": {
+            "fp32 master + Adam m, v": state,
+            "engine weights": low * parameters,
+            "KV cache, all sequences at full length": kv_token
+            * config.rollout.max_sequences
+            * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens),
+        },
     }
     if config.algorithm == "sft":
         del rows["rollout"]
@@ -90,18 +109,27 @@ def print_plan(config: Config) -> None:
     out.print(to_toml(config), markup=False)
     out.print(f"Model      {config.model.path}: {parameters:,} parameters ({found})")
     for pattern in (*config.data.train, *config.data.eval):
-        known = "generated" if pattern == "procedural" else f"{len(glob.glob(pattern))} file(s)" if glob.glob(pattern) else (
-            "NOT FOUND here; the run needs it")
+        known = (
+            "generated"
+            if pattern == "procedural"
+            else f"{len(glob.glob(pattern))} file(s)"
+            if glob.glob(pattern)
+            else ("NOT FOUND here; the run needs it")
+        )
         out.print(f"Data       {pattern}: {known}")
     if config.algorithm == "grpo":
         r = config.rollout
         samples = r.prompts_per_step * r.group_size
-        out.print(f"Step       {r.prompts_per_step} prompts x {r.group_size} samples = {samples:,} sequences, at most "
-                  f"{samples * (r.max_prompt_tokens + r.max_new_tokens):,} tokens, "
-                  f"{config.objective.updates_per_rollout} optimizer step(s)")
+        out.print(
+            f"Step       {r.prompts_per_step} prompts x {r.group_size} samples = {samples:,} sequences, at most "
+            f"{samples * (r.max_prompt_tokens + r.max_new_tokens):,} tokens, "
+            f"{config.objective.updates_per_rollout} optimizer step(s)"
+        )
     else:
-        out.print(f"Step       {config.train.batch_size:,} sequences in bins of {config.train.tokens_per_bin:,} tokens, "
-                  f"{config.train.steps:,} steps")
+        out.print(
+            f"Step       {config.train.batch_size:,} sequences in bins of {config.train.tokens_per_bin:,} tokens, "
+            f"{config.train.steps:,} steps"
+        )
     if config.model.path != "embedded":
         for n in sorted({world, 1, 8}):
             if n % config.train.replicas == 0:

@@ -2,8 +2,8 @@
 
     logp_N, entropy_N = policy(packed, rows_N, targets_N, temperature)
 
-T tokens of several sequences lie end to end; attention sees each sequence alone (cu_seqlens). Only the N hidden rows that
-are scored reach the head, and `linear_logprob` never forms [N, V] logits. Any dense decoder of transformers loads.
+T tokens of several sequences lie end to end; attention sees each sequence alone (cu_seqlens). Only the N hidden rows
+that are scored reach the head, and `linear_logprob` never forms [N, V] logits. Any dense decoder of transformers loads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from m2rl_kernels import linear_logprob
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,7 +25,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.masking_utils import AttentionMaskInterface
 
 from m2rl.types import InputError
-from m2rl_kernels import linear_logprob
 
 ATTENTION = "m2rl_packed"
 CPU_LENGTH_BUCKET = 8  # tokens; CPU sequences are padded up to a multiple of it and batched by padded length
@@ -69,9 +69,18 @@ def _length_buckets(starts: Tensor, lengths: Tensor, total: int) -> tuple[tuple[
     return tuple(buckets), inverse
 
 
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float,
-                     packed: Packed, **_: Any) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sequence. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    packed: Packed,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each packed sequence. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq,
+    D]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if q.is_cuda:
         return _varlen_cuda(q, k, v, packed, scaling)[None], None
@@ -114,8 +123,9 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float = 1.0,
-                with_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float = 1.0, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probability (nats, float32) of targets_N after the tokens up to rows_N, and the entropy there."""
         hidden_NH = self.hidden(packed)[rows_N]
         head_VH = self.head
@@ -125,7 +135,9 @@ class Policy(nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         backbone = self.model.get_decoder()
-        out = backbone(input_ids=packed.tokens[None], position_ids=packed.positions[None], use_cache=False, packed=packed)
+        out = backbone(
+            input_ids=packed.tokens[None], position_ids=packed.positions[None], use_cache=False, packed=packed
+        )
         return out.last_hidden_state[0]
 
     @property
@@ -134,11 +146,14 @@ class Policy(nn.Module):
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM from a folder or a hub id on disk, in `dtype` on the CPU; InputError if it cannot serve as a policy."""
+    """A causal LM from a folder or a hub id on disk, in `dtype` on the CPU; InputError if it cannot serve as a
+    policy."""
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.path {path}: not a Hugging Face model folder or id ({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"model.path {path}: not a Hugging Face model folder or id ({str(error).splitlines()[0]})"
+        ) from None
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise InputError(f"model.path {path}: {name} is set; heads that transform their logits are not supported")
@@ -155,8 +170,14 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
     return model
 
 
-def shard(policy: Policy, device: torch.device, compute_dtype: torch.dtype, replicas: int = 1,
-          activation_checkpointing: bool = False, compile: bool = False) -> Policy:
+def shard(
+    policy: Policy,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    replicas: int = 1,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> Policy:
     """Move to the device and shard over all ranks: per decoder layer, then the root; HSDP when replicas > 1.
 
     Gradients are summed, never averaged: every denominator is in the token weights already.

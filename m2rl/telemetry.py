@@ -9,7 +9,13 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}  # dense, vendor figures
+PEAK_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}  # dense, vendor figures
 
 
 class Phases:
@@ -46,7 +52,8 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def mfu(parameters: int, tokens: int, seconds: float, world: int, device: torch.device) -> float | None:
-    """Model FLOPs utilisation of training: 6 * parameters * tokens over the peak of all devices; None where it is unknown."""
+    """Model FLOPs utilisation of training: 6 * parameters * tokens over the peak of all devices; None where it is
+    unknown."""
     if device.type != "cuda" or seconds <= 0:
         return None
     name = torch.cuda.get_device_name(device)

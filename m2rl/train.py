@@ -1,18 +1,20 @@
 """`torchrun -m m2rl.train`: one step, top to bottom.
 
-    prompts  = mixture.batch(step)                  data.py            a pure function of (seed, step)
-    samples  = collect(engine, pool, prompts, n)    rollout/collect.py decoding overlaps verification
-    adv      = group_stats(samples)                 objectives.py      over the global batch
-    rows     = to_rows(samples, adv)                objectives.py      denominators become token weights; dead samples drop
-    stats    = learner.step(rows, objective)        learner.py         pack, forward, loss, backward, AdamW
-    engine.sync(policy)                             rollout/           new weights into the engine's storage
+    prompts = mixture.batch(step)                 data/               a pure function of (seed, step)
+    samples = collect(engine, pool, prompts, n)   rollout/collect.py  decoding overlaps verification
+    adv     = group_stats(samples)                objectives.py       over the global batch
+    rows    = to_rows(samples, adv)               objectives.py       denominators become token weights, the dead drop
+    stats   = learner.step(rows, objective)       learner.py          pack, forward, loss, backward, AdamW
+    engine.sync(policy)                           rollout/            new weights into the engine's storage
 
-With no arguments it trains the built-in model on generated problems; `--config` names a TOML file, `--help` lists every key.
+With no arguments it trains the built-in model on generated problems; `--config` names a TOML file, `--help` lists every
+key.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -70,8 +72,13 @@ def train(config: Config, device: torch.device, stopping: Stopping) -> int:
         table, where = read_toml(config.warm_start)
         sft = build(Config, table, where)
         steps = config.warm_start_steps or sft.train.steps
-        sft = dataclasses.replace(sft, seed=config.seed, run_dir=str(folder), threads=config.threads,
-                                  train=dataclasses.replace(sft.train, steps=steps))
+        sft = dataclasses.replace(
+            sft,
+            seed=config.seed,
+            run_dir=str(folder),
+            threads=config.threads,
+            train=dataclasses.replace(sft.train, steps=steps),
+        )
         if cached_model(folder, check(sft, where)):
             display.say(f"Warm start: {folder / 'model'} (cached)")
         else:
@@ -114,21 +121,28 @@ class Run:
             saved = build(Config, tomllib.loads((self.resume_from / "config.toml").read_text()), str(self.resume_from))
             changed = differing_keys(saved, config)
             if changed:
-                raise InputError(f"{self.folder} holds an unfinished run with other settings ({', '.join(changed)}): restore "
-                                 "them to continue it, or start over with --resume never, or name another --run-dir")
+                raise InputError(
+                    f"{self.folder} holds an unfinished run with other settings ({', '.join(changed)}): restore "
+                    "them to continue it, or start over with --resume never, or name another --run-dir"
+                )
         on_rank_0(self._prepare_folder)
         self.model_path = str(self.folder / "init") if config.model.path == "embedded" else config.model.path
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path)
         except (OSError, ValueError) as error:
-            raise InputError(f"model.path {self.model_path}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+            raise InputError(
+                f"model.path {self.model_path}: no usable tokenizer ({str(error).splitlines()[0]})"
+            ) from None
 
     def _prepare_folder(self) -> None:
         """A fresh run moves what an earlier one left into previous/; nothing is deleted but an older previous/."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.resume_from is None:
-            old = [self.folder / n for n in ("checkpoints", "model", "metrics.jsonl", "rollouts.jsonl", "summary.json",
-                                             "config.toml") if (self.folder / n).exists()]
+            old = [
+                self.folder / n
+                for n in ("checkpoints", "model", "metrics.jsonl", "rollouts.jsonl", "summary.json", "config.toml")
+                if (self.folder / n).exists()
+            ]
             if old:
                 shutil.rmtree(self.folder / "previous", ignore_errors=True)
                 (self.folder / "previous").mkdir()
@@ -140,35 +154,63 @@ class Run:
 
     def build_policy(self, path: str) -> Policy:
         c = self.config
-        return shard(Policy(load_model(path)), self.device, self.dtype, c.train.replicas, c.model.activation_checkpointing,
-                     c.model.compile)
+        return shard(
+            Policy(load_model(path)),
+            self.device,
+            self.dtype,
+            c.train.replicas,
+            c.model.activation_checkpointing,
+            c.model.compile,
+        )
 
     def begin(self, domains: Sequence[str]) -> tuple[int, dict[str, Any]]:
-        """Load the policy, build the learner, restore a checkpoint; the step to start at and what the checkpoint carried."""
+        """Load the policy, build the learner, restore a checkpoint; the step to start at and what the checkpoint
+        carried."""
         c = self.config
         self.policy = self.build_policy(self.model_path)
         self.parameters = sum(p.numel() for p in self.policy.parameters())
-        self.learner = Learner(self.policy, c.optim, c.train.steps, c.train.tokens_per_bin, domains, c.rollout.temperature
-                               if c.algorithm == "grpo" else 1.0)
+        self.learner = Learner(
+            self.policy,
+            c.optim,
+            c.train.steps,
+            c.train.tokens_per_bin,
+            domains,
+            c.rollout.temperature if c.algorithm == "grpo" else 1.0,
+        )
         state: dict[str, Any] = {"step": 0}
         if self.resume_from is not None:
             state = checkpoint.load(self.resume_from, self.policy, self.learner.optimizer)
             self.display.say(f"Resuming {self.folder} at step {state['step']}")
-        self.recorder = metrics.Recorder(self.folder, c.log, checkpoint.rank() == 0, dataclasses.asdict(c), c.name,
-                                         state["step"] if self.resume_from else None)
+        self.recorder = metrics.Recorder(
+            self.folder,
+            c.log,
+            checkpoint.rank() == 0,
+            dataclasses.asdict(c),
+            c.name,
+            state["step"] if self.resume_from else None,
+        )
         return state["step"], state
 
     def save(self, step: int, extra: dict[str, Any]) -> None:
-        checkpoint.save(self.folder, step, self.policy, self.learner.optimizer, to_toml(self.config),
-                        self.config.train.keep_checkpoints, extra)
+        checkpoint.save(
+            self.folder,
+            step,
+            self.policy,
+            self.learner.optimizer,
+            to_toml(self.config),
+            self.config.train.keep_checkpoints,
+            extra,
+        )
 
     def after_step(self, stats: StepStats, step: int, extra: dict[str, Any]) -> bool:
         """Count skipped steps, save when due; True if the run was asked to stop (then everything is saved)."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.display.stop()
-            raise InputError(f"the gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (last at step {step}); no "
-                             f"update was made in them; checkpoints in {self.folder / 'checkpoints'} are intact")
+            raise InputError(
+                f"the gradient was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (last at step {step}); no "
+                f"update was made in them; checkpoints in {self.folder / 'checkpoints'} are intact"
+            )
         t = self.config.train
         stop = self.stopping.agreed()
         if stop or step + 1 == t.steps or (t.save_every and (step + 1) % t.save_every == 0):
@@ -183,17 +225,30 @@ class Run:
         seconds = sum(phases.seconds.values())
         learn = phases.seconds.get("learn", 0.0)
         used = mfu(self.parameters, stats.tokens, learn, self.world, self.device)
-        self.recorder.metrics(step, {
-            "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": self.learner.learning_rate(step),
-            "skipped": int(stats.skipped), "tokens": stats.tokens, "trained_tokens": stats.trained_tokens,
-            "tokens_per_s": stats.tokens / max(seconds, 1e-9), "step_s": seconds,
-            **({"mfu": used} if used is not None else {}), **memory_gib(self.device),
-            **{f"time/{k}_s": v for k, v in phases.seconds.items()}, **metrics.training_metrics(stats), **extra})
+        self.recorder.metrics(
+            step,
+            {
+                "loss": stats.loss,
+                "grad_norm": stats.grad_norm,
+                "lr": self.learner.learning_rate(step),
+                "skipped": int(stats.skipped),
+                "tokens": stats.tokens,
+                "trained_tokens": stats.trained_tokens,
+                "tokens_per_s": stats.tokens / max(seconds, 1e-9),
+                "step_s": seconds,
+                **({"mfu": used} if used is not None else {}),
+                **memory_gib(self.device),
+                **{f"time/{k}_s": v for k, v in phases.seconds.items()},
+                **metrics.training_metrics(stats),
+                **extra,
+            },
+        )
 
     # ---- SFT ---------------------------------------------------------------------------------------------------------
 
     def sft(self) -> Path | None:
-        """Supervised fine-tuning: per-token mean over the step's assistant tokens. The exported model, None if stopped."""
+        """Supervised fine-tuning: per-token mean over the step's assistant tokens. The exported model, None if
+        stopped."""
         c = self.config
         loaded = load_sources(c.data.train, c, self.tokenizer, verifiable=False)
         mixture = Mixture(loaded.sources, quotas(c.domain, loaded.sources, c.train.batch_size), c.seed)
@@ -213,15 +268,19 @@ class Run:
                     rows.append(TrainRow(tokens, np.array(trained), 0.0, 1.0, names.index(domain)))
                 total = sum(int(r.trained.sum()) for r in rows)
                 if not total:
-                    raise InputError(f"step {step}: every demonstration is longer than train.tokens_per_bin "
-                                     f"{c.train.tokens_per_bin} tokens")
+                    raise InputError(
+                        f"step {step}: every demonstration is longer than train.tokens_per_bin "
+                        f"{c.train.tokens_per_bin} tokens"
+                    )
                 for r in rows:
                     r.weight = 1 / total
             with phases("learn"):
                 stats = self.learner.step(rows, objective, step)
             wall.add(phases)
             self.record(step, stats, phases, {"too_long": too_long})
-            self.display.update(step + 1, f"loss {stats.loss:.3f}  {stats.tokens / sum(phases.seconds.values()):,.0f} tokens/s")
+            self.display.update(
+                step + 1, f"loss {stats.loss:.3f}  {stats.tokens / sum(phases.seconds.values()):,.0f} tokens/s"
+            )
             if self.after_step(stats, step, {}):
                 return None
         self.display.stop()
@@ -244,15 +303,19 @@ class Run:
         r = c.rollout
         loaded = load_sources(c.data.train, c, self.tokenizer, verifiable=True)
         if loaded.skipped:
-            self.display.say(f"Skipped rows: {loaded.skipped} (longer than rollout.max_prompt_tokens, or not in the mixture)")
+            self.display.say(
+                f"Skipped rows: {loaded.skipped} (longer than rollout.max_prompt_tokens, or not in the mixture)"
+            )
         quota = quotas(c.domain, loaded.sources, r.prompts_per_step)
         self.mixture = Mixture(loaded.sources, quota, c.seed, rounds=1 + r.dynamic_sampling_rounds)
         self.domains = [d for d, q in quota.items() if q]
         held_out = eval_prompts(c, self.tokenizer)
         start, state = self.begin(self.domains)
         if start == 0:
-            self.display.say(f"{self.parameters / 1e6:,.2f}M parameters, {r.prompts_per_step} prompts x {r.group_size} samples per "
-                             f"step ({', '.join(f'{d} {q}' for d, q in quota.items())}), {self.world} rank(s) on {self.device.type}")
+            self.display.say(
+                f"{self.parameters / 1e6:,.2f}M parameters, {r.prompts_per_step} prompts x {r.group_size} samples per "
+                f"step ({', '.join(f'{d} {q}' for d, q in quota.items())}), {self.world} rank(s) on {self.device.type}"
+            )
         reference = None
         if c.objective.kl_coef > 0:
             reference = self.build_policy(self.model_path).requires_grad_(False).eval()
@@ -260,7 +323,9 @@ class Run:
         self.sharing = Sharing(not r.deterministic, r.tensor_parallel)
         self.carry = CarryOver(int(r.carry_over * r.prompts_per_step))
         carried = [(step, i) for step, i in state.get("carried", [])]
-        self.carry.restart([((step, i), self.mixture.batch(step)[i]) for step, i in carried], r.group_size, self.sharing)
+        self.carry.restart(
+            [((step, i), self.mixture.batch(step)[i]) for step, i in carried], r.group_size, self.sharing
+        )
         objective = PolicyGradient(c.objective)
         with VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox) as self.pool:
             try:
@@ -304,11 +369,12 @@ class Run:
         return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end)
 
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
-        c, phases = self.config, Phases()
+        phases = Phases()
         with phases("rollout"):
             samples, groups, advantages, replaced = self.rollout(step)
         with phases("pack"):
-            # Weights that have blown up sample NaN log-probabilities: such a rollout teaches nothing and counts as skipped.
+            # Weights that have blown up sample NaN log-probabilities: such a rollout teaches nothing and counts as
+            # skipped.
             finite = all(np.isfinite(s.logp).all() for s in samples)
             batches = self.batches(samples, advantages) if finite else []
         flat = [row for batch in batches for row in batch]
@@ -329,8 +395,17 @@ class Run:
         summary = metrics.rollout_metrics(samples, groups)
         self.alarm(step, stats)
         self.recorder.rollouts(step, samples)
-        self.record(step, stats, phases, {**summary, "groups_replaced": replaced, "groups_carried": len(self.carry.places),
-                                          "weight_lag": step - min((s.weight_version for s in samples), default=step)})
+        self.record(
+            step,
+            stats,
+            phases,
+            {
+                **summary,
+                "groups_replaced": replaced,
+                "groups_carried": len(self.carry.places),
+                "weight_lag": step - min((s.weight_version for s in samples), default=step),
+            },
+        )
         rewards = "  ".join(f"{d} [bold]{summary[f'{d}/reward']:.2f}[/]" for d in self.domains)
         generated = sum(len(s.tokens) for s in samples)
         self.display.update(step + 1, f"reward {rewards}  {generated / phases.seconds['rollout']:,.0f} tok/s")
@@ -341,19 +416,24 @@ class Run:
         for domain, sums in stats.per_domain.items():
             k3 = sums["mismatch_k3"] / sums["count"] if sums["count"] else 0.0
             if k3 > metrics.MISMATCH_ALARM_K3:
-                self.display.say(f"[red]step {step}, {domain}: mean k3 between engine and trainer is {k3:.1e} nats "
-                                 f"(alarm at {metrics.MISMATCH_ALARM_K3:g})[/]")
+                self.display.say(
+                    f"[red]step {step}, {domain}: mean k3 between engine and trainer is {k3:.1e} nats "
+                    f"(alarm at {metrics.MISMATCH_ALARM_K3:g})[/]"
+                )
 
     def batches(self, samples: Sequence[Sample], advantages: np.ndarray) -> list[list[TrainRow]]:
         """The rollout as updates_per_rollout parts of whole groups, each with its own denominators."""
         c, n = self.config, self.config.rollout.group_size
         parts, groups = c.objective.updates_per_rollout, len(samples) // n
         cuts = [i * groups // parts * n for i in range(parts + 1)]
-        return [to_rows(samples[a:b], advantages[a:b], self.domains, c.objective, c.rollout.max_new_tokens)
-                for a, b in zip(cuts, cuts[1:])]
+        return [
+            to_rows(samples[a:b], advantages[a:b], self.domains, c.objective, c.rollout.max_new_tokens)
+            for a, b in itertools.pairwise(cuts)
+        ]
 
     def rollout(self, step: int) -> tuple[list[Sample], list[GroupStats], np.ndarray, int]:
-        """Samples of one step; with dynamic sampling, dead groups replaced in prompt order by live ones of later rounds."""
+        """Samples of one step; with dynamic sampling, dead groups replaced in prompt order by live ones of later
+        rounds."""
         c = self.config
         carry = self.carry if c.rollout.carry_over else None
         if step + 1 == c.train.steps:
@@ -386,13 +466,30 @@ class Run:
             advantages, groups = group_stats(samples, c.objective)
         return samples, groups, advantages, replaced
 
-    def collect(self, prompts: Sequence[Prompt], n: int, step: int, temperature: float | None = None,
-                max_new_tokens: int = 0, carry: CarryOver | None = None) -> list[Sample]:
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        step: int,
+        temperature: float | None = None,
+        max_new_tokens: int = 0,
+        carry: CarryOver | None = None,
+    ) -> list[Sample]:
         r = self.config.rollout
-        return collect(self.engine, self.pool, self.tokenizer, prompts, n, seed=self.config.seed, step=step,
-                       max_new_tokens=max_new_tokens or r.max_new_tokens,
-                       temperature=r.temperature if temperature is None else temperature,
-                       sharing=self.sharing, ahead=r.max_sequences, carry=carry)
+        return collect(
+            self.engine,
+            self.pool,
+            self.tokenizer,
+            prompts,
+            n,
+            seed=self.config.seed,
+            step=step,
+            max_new_tokens=max_new_tokens or r.max_new_tokens,
+            temperature=r.temperature if temperature is None else temperature,
+            sharing=self.sharing,
+            ahead=r.max_sequences,
+            carry=carry,
+        )
 
     def evaluate(self, held_out: Sequence[Prompt]) -> dict[str, Score]:
         e = self.config.evaluation
@@ -409,8 +506,12 @@ class Run:
         """Score what the engine samples in the trainer as well; two different policies end the run before it starts."""
         prompts = self.mixture.batch(0)[:4]
         limit = max(1, min(self.config.rollout.max_new_tokens, PROBE_TOKENS // len(prompts)))
-        requests = [Request(i, p.tokens, sample_seed(self.config.seed, EVAL_STEP, p.id, 0), limit, self.config.rollout.temperature)
-                    for i, p in enumerate(prompts)]
+        requests = [
+            Request(
+                i, p.tokens, sample_seed(self.config.seed, EVAL_STEP, p.id, 0), limit, self.config.rollout.temperature
+            )
+            for i, p in enumerate(prompts)
+        ]
         rows = []
         for p, f in zip(prompts, generate(self.engine, requests)):
             s = Sample(p, 0, f.tokens, f.logp, f.finish, f.weight_version)
@@ -422,19 +523,30 @@ class Run:
         delta = np.concatenate([mine - row.behaviour_logp for mine, row in zip(self.learner.score(rows), rows)])
         k3 = float(np.mean(np.exp(delta) - delta - 1))
         if not k3 <= PROBE_K3:
-            raise InputError(f"the rollout engine and the trainer disagree on {len(delta)} probe tokens at weight version {version}: "
-                             f"mean k3 {k3:.2e} nats, largest |log-probability difference| {np.abs(delta).max():.3f} "
-                             f"(limit {PROBE_K3:g}); their weights, tokenizer or temperature differ")
+            raise InputError(
+                f"rollout engine and trainer disagree on {len(delta)} probe tokens at weight version {version}: "
+                f"mean k3 {k3:.2e} nats, largest |log-probability difference| {np.abs(delta).max():.3f} "
+                f"(limit {PROBE_K3:g}); their weights, tokenizer or temperature differ"
+            )
 
-    def finish(self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path) -> None:
+    def finish(
+        self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path
+    ) -> None:
         self.wall |= phases.seconds
         self.wall["total"] = time.perf_counter() - self.started
         learn = max(phases.seconds.get("learn", 0.0), 1e-9)
         joules = self.energy.joules()
-        summary = {"before": {d: s.as_dict() for d, s in before.items()}, "after": {d: s.as_dict() for d, s in after.items()},
-                   "wall_s": {k: round(v, 3) for k, v in self.wall.items()}, "trained_tokens_per_s": tokens / learn,
-                   "world_size": self.world, "device": self.device.type, "seed": self.config.seed, "model": str(model),
-                   **({"energy_j": joules} if joules is not None else {})}
+        summary = {
+            "before": {d: s.as_dict() for d, s in before.items()},
+            "after": {d: s.as_dict() for d, s in after.items()},
+            "wall_s": {k: round(v, 3) for k, v in self.wall.items()},
+            "trained_tokens_per_s": tokens / learn,
+            "world_size": self.world,
+            "device": self.device.type,
+            "seed": self.config.seed,
+            "model": str(model),
+            **({"energy_j": joules} if joules is not None else {}),
+        }
         if checkpoint.rank() != 0:
             return
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -445,8 +557,10 @@ class Run:
         say("Wall time  " + "  ".join(f"{k} {v:.1f} s" for k, v in self.wall.items()))
         say(f"Throughput {tokens / learn:,.0f} trained tokens/s")
         say(f"Files      {self.folder}/  (summary.json, metrics.jsonl, rollouts.jsonl, config.toml, model/)")
-        say("Next       torchrun -m m2rl.train --help            every option\n"
-            "           torchrun -m m2rl.train --config my.toml  your model, your data (README, \"Real input\")")
+        say(
+            "Next       torchrun -m m2rl.train --help            every option\n"
+            '           torchrun -m m2rl.train --config my.toml  your model, your data (README, "Real input")'
+        )
 
 
 if __name__ == "__main__":

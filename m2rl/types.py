@@ -15,8 +15,8 @@ DOMAINS = ("math", "code", "science", "if", "agent")
 
 Status = Literal["ok", "wrong", "unparsed", "timeout", "error"]
 STATUSES: tuple[Status, ...] = ("ok", "wrong", "unparsed", "timeout", "error")
-"""ok: judged right. wrong: judged and not right. unparsed: no answer found. timeout: the verifier or the program ran out of
-time. error: the verifier failed on this input. Only `ok` may carry a reward above 0 in the binary domains."""
+"""ok: judged right. wrong: judged and not right. unparsed: no answer found. timeout: the verifier or the program ran
+out of time. error: the verifier failed on this input. Only `ok` may carry a reward above 0 in the binary domains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +69,5 @@ class StepStats:
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message is one sentence naming the file, line, key and rule; commands print it, exit 2."""
+    """The user's input is wrong. The message is one sentence naming the file, line, key and rule; commands print it,
+    exit 2."""

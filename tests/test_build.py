@@ -10,8 +10,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_without_a_compiler_the_install_stops_with_one_sentence(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "PATH")} | {"PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0
     assert done.stderr.strip().splitlines()[-1].startswith("m2rl needs a C++17 compiler")
     assert "apt install g++" in done.stderr

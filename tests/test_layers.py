@@ -7,12 +7,32 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYER = {  # a module may import its own layer and those below
-    "types": 0, "configs": 0, "config": 0,
-    "domains": 1, "embedded": 2, "data": 2, "policy": 2, "checkpoint": 3,
-    "rollout": 3, "objectives": 3, "benchmarks": 3, "evaluate": 5,
-    "learner": 4, "launch": 4, "telemetry": 4, "metrics": 5,
-    "train": 6, "plan": 6, "distill": 6, "merge": 6, "analyze": 6,
-    "study": 7, "report": 7,
+    "types": 0,
+    "configs": 0,
+    "config": 0,
+    "domains": 1,
+    "embedded": 2,
+    "data": 2,
+    "policy": 2,
+    "safetensors_io": 2,
+    "checkpoint": 3,
+    "rollout": 3,
+    "objectives": 3,
+    "learner": 4,
+    "launch": 4,
+    "telemetry": 4,
+    "evaluate": 5,
+    "benchmarks": 5,
+    "metrics": 5,
+    "train": 6,
+    "plan": 6,
+    "distill": 6,
+    "merge": 6,
+    "merge_yaml": 6,
+    "merge_sweep": 6,
+    "analyze": 6,
+    "study": 7,
+    "report": 7,
 }
 
 

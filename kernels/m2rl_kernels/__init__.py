@@ -59,7 +59,8 @@ def __dir__():
 
 
 class _Package(types.ModuleType):
-    """An operation and the file that holds it share a name: the attribute is always the operation, whoever imported first."""
+    """An operation and the file that holds it share a name: the attribute is always the operation, whoever imported
+    first."""
 
     def __setattr__(self, name, value):
         if name in _HOME and isinstance(value, types.ModuleType) and hasattr(value, name):

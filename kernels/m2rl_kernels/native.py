@@ -1,7 +1,7 @@
 """Loads m2rl's two native libraries with ctypes: addresses and sizes in, a status out. Free of torch.
 
-`cpu()` gives libm2rl_cpu.so; `cuda()` gives libm2rl_cuda.so, which is a file of its own because it cannot load on a machine
-without a driver. Both are built by `pip install .` from csrc/; csrc/ops.h is the table of their functions.
+`cpu()` gives libm2rl_cpu.so; `cuda()` gives libm2rl_cuda.so, which is a file of its own because it cannot load on a
+machine without a driver. Both are built by `pip install .` from csrc/; csrc/ops.h is the table of their functions.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ def _load(name: str, version_symbol: str, hint: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     version = getattr(library, version_symbol)()
     if version != ABI_VERSION:
-        raise ImportError(f"{path} has ABI version {version}, this m2rl_kernels needs {ABI_VERSION}: "
-                          "run `pip install -e .` (or `pip install .`) again")
+        raise ImportError(
+            f"{path} has ABI version {version}, this m2rl_kernels needs {ABI_VERSION}: "
+            "run `pip install -e .` (or `pip install .`) again"
+        )
     return library
 
 
@@ -36,5 +38,8 @@ def cpu() -> ctypes.CDLL:
 @functools.cache
 def cuda() -> ctypes.CDLL:
     """The CUDA library. ImportError with the command that builds it if it is absent or stale."""
-    return _load("libm2rl_cuda.so", "m2rl_cuda_abi_version",
-                 "install the CUDA toolkit (nvcc), then build it with `pip install -e .` in the m2rl folder")
+    return _load(
+        "libm2rl_cuda.so",
+        "m2rl_cuda_abi_version",
+        "install the CUDA toolkit (nvcc), then build it with `pip install -e .` in the m2rl folder",
+    )

@@ -1,12 +1,13 @@
 """Generated problems of four domains with demonstrations of mixed quality: what the embedded default trains on.
 
-    problem(domain, seed, index) -> Problem      the training stream; a pure function, distinct from every held-out problem
-    eval_set(domain, n)          -> n distinct held-out problems, the same ones always
-    demonstration(problem, seed, index)          -> a response: good, or sloppy with the domain's probability
+    problem(domain, seed, index) -> Problem        the training stream; a pure function, never a held-out problem
+    eval_set(domain, n) -> [Problem]               n distinct held-out problems, the same ones always
+    demonstration(problem, seed, index) -> text    good, or sloppy with the domain's probability
 
-math: a running sum with every partial result spelled out, or a one-step equation. code: a Python one-liner, judged by running
-it. science: unit conversion and comparison of lengths. if: a few words under verifiable constraints. A problem is held out when
-crc32(prompt) % 8 == 0. Sloppy demonstrations (no working, wrong operator, one constraint broken) leave RL room to improve.
+math: a running sum with every partial result spelled out, or a one-step equation. code: a Python one-liner, judged by
+running it. science: unit conversion and comparison of lengths. if: a few words under verifiable constraints.
+A problem is held out when crc32(prompt) % 8 == 0. Sloppy demonstrations (no working, wrong operator, one constraint
+broken) leave RL room to improve.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def _make(domain: str, rng: random.Random) -> Problem:
     return _MAKERS[domain](rng)
 
 
-# ---- math -------------------------------------------------------------------------------------------------------------
+# ---- math
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _math(rng: random.Random) -> Problem:
@@ -93,7 +95,8 @@ def _math(rng: random.Random) -> Problem:
     return Problem("math", prompt, {"answer": str(answer)}, f"{working} \\boxed{{{answer}}}", f"\\boxed{{{wrong}}}")
 
 
-# ---- code -------------------------------------------------------------------------------------------------------------
+# ---- code
+# -------------------------------------------------------------------------------------------------------------
 
 _FILTERS = {"even": "v%2==0", "odd": "v%2==1", "positive": "v>0", "negative": "v<0"}
 _REDUCERS = {"sum": "sum({})", "max": "max({})", "min": "min({})", "sorted list": "sorted({})", "count": "len([{}])"}
@@ -103,7 +106,9 @@ def _code(rng: random.Random) -> Problem:
     names, bodies = [], []
     for _ in range(2):
         k = rng.randint(1, 9)
-        name, body = rng.choice((("double", "{}*2"), ("square", "{}**2"), (f"add {k}", f"{{}}+{k}"), (f"subtract {k}", f"{{}}-{k}")))
+        name, body = rng.choice(
+            (("double", "{}*2"), ("square", "{}**2"), (f"add {k}", f"{{}}+{k}"), (f"subtract {k}", f"{{}}-{k}"))
+        )
         names.append(name)
         bodies.append(body)
     which, reducer = rng.choice(list(_FILTERS)), rng.choice(list(_REDUCERS))
@@ -140,7 +145,8 @@ def _tests(bodies: list[str], which: str, reducer: str, rng: random.Random) -> d
     return {"fn_name": "f", "inputs": inputs, "outputs": outputs}
 
 
-# ---- science ----------------------------------------------------------------------------------------------------------
+# ---- science
+# ----------------------------------------------------------------------------------------------------------
 
 _FACTORS = {("km", "m"): 1000, ("m", "cm"): 100, ("kg", "g"): 1000, ("h", "min"): 60}
 _LENGTHS = ("km", "m", "cm", "mm")
@@ -154,8 +160,13 @@ def _science(rng: random.Random) -> Problem:
         letter = "ABC"[units.index(best)]
         options = {x: f"{rng.randint(2, 9)}{u}" for x, u in zip("ABC", units)}
         prompt = ("longest" if longest else "shortest") + "".join(f"\n{x}) {text}" for x, text in options.items())
-        return Problem("science", prompt, {"answer": letter, "options": options}, f"{best} \\boxed{{{letter}}}",
-                       f"\\boxed{{{rng.choice([x for x in 'ABC' if x != letter])}}}")
+        return Problem(
+            "science",
+            prompt,
+            {"answer": letter, "options": options},
+            f"{best} \\boxed{{{letter}}}",
+            f"\\boxed{{{rng.choice([x for x in 'ABC' if x != letter])}}}",
+        )
     (big, small), factor = rng.choice(list(_FACTORS.items()))
     n = rng.randint(2, 9 if factor == 60 else 99)
     wrong = rng.choice([f for f in (10, 60, 100, 1000) if f != factor])
@@ -163,15 +174,36 @@ def _science(rng: random.Random) -> Problem:
         value, source, target, answer, working, flaw = n, big, small, n * factor, f"*{factor}", n * wrong
     else:
         value, source, target, answer, working, flaw = n * factor, small, big, n, f"/{factor}", n * 10
-    return Problem("science", f"Convert {value} {source} to {target}", {"answer": str(answer)}, f"{working} \\boxed{{{answer}}}",
-                   f"\\boxed{{{flaw}}}")
+    return Problem(
+        "science",
+        f"Convert {value} {source} to {target}",
+        {"answer": str(answer)},
+        f"{working} \\boxed{{{answer}}}",
+        f"\\boxed{{{flaw}}}",
+    )
 
 
-# ---- instruction following --------------------------------------------------------------------------------------------
+# ---- instruction following
+# --------------------------------------------------------------------------------------------
 
 _STARTS = ("red", "blue", "fish", "tree", "rain", "sun", "cat", "dog")
 _ENDS = ("ok", "yes", "bye", "end")
-_WORDS = (*_STARTS, *_ENDS, "bird", "snow", "lake", "moon", "wind", "star", "hill", "milk", "book", "song", "fire", "gold")
+_WORDS = (
+    *_STARTS,
+    *_ENDS,
+    "bird",
+    "snow",
+    "lake",
+    "moon",
+    "wind",
+    "star",
+    "hill",
+    "milk",
+    "book",
+    "song",
+    "fire",
+    "gold",
+)
 
 
 def _if(rng: random.Random) -> Problem:
@@ -191,9 +223,13 @@ def _if(rng: random.Random) -> Problem:
         return _if(rng)
     rng.shuffle(parts)
     wanted = {"count": count, "case": case, "end": end, "start": start, "commas": commas}
-    return Problem("if", "; ".join(text for text, _, _ in parts),
-                   {"constraints": [{"id": name, "kwargs": kwargs} for _, name, kwargs in parts]},
-                   _words(wanted, rng), _words(_break_one(wanted, rng), rng))
+    return Problem(
+        "if",
+        "; ".join(text for text, _, _ in parts),
+        {"constraints": [{"id": name, "kwargs": kwargs} for _, name, kwargs in parts]},
+        _words(wanted, rng),
+        _words(_break_one(wanted, rng), rng),
+    )
 
 
 def _words(wanted: Mapping[str, Any], rng: random.Random) -> str:
@@ -223,15 +259,76 @@ def _break_one(wanted: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
 
 _MAKERS: dict[str, Callable[[random.Random], Problem]] = {"math": _math, "code": _code, "science": _science, "if": _if}
 
-# ---- the tokenizer's pieces -------------------------------------------------------------------------------------------
+# ---- the tokenizer's pieces
+# -------------------------------------------------------------------------------------------
 
-VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys([
-    *"0123456789", *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *" \n+-*/=%<>()[]{}:;,.!?'\"_\\`#",
-    "\\boxed{", "```python\n", "\n```", "def f(x):\n return ", "sum(", "max(", "min(", "sorted(", "len([", "])", " for v in x",
-    " if v", "%2==0", "%2==1", ">0", "<0", "*2", "**2", "math: what is ", "solve for ", ": ", "double", "square", "add ", "subtract ",
-    " then ", " each of the ", *_FILTERS, " items; ", *_REDUCERS, "Convert ", " to ", "longest", "shortest", "\nA) ", "\nB) ", "\nC) ",
-    " km", " m", " cm", " mm", " kg", " g", " h", " min", "km", "cm", "mm", "kg", "exactly ", " words", "; ", "uppercase", "lowercase",
-    "end with ", "start with ", "use commas", "no comma",
-    *(piece for w in _WORDS for piece in (w, f" {w}", w.upper(), f" {w.upper()}")),
-]))
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        [
+            *"0123456789",
+            *"abcdefghijklmnopqrstuvwxyz",
+            *"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+            *" \n+-*/=%<>()[]{}:;,.!?'\"_\\`#",
+            "\\boxed{",
+            "```python\n",
+            "\n```",
+            "def f(x):\n return ",
+            "sum(",
+            "max(",
+            "min(",
+            "sorted(",
+            "len([",
+            "])",
+            " for v in x",
+            " if v",
+            "%2==0",
+            "%2==1",
+            ">0",
+            "<0",
+            "*2",
+            "**2",
+            "math: what is ",
+            "solve for ",
+            ": ",
+            "double",
+            "square",
+            "add ",
+            "subtract ",
+            " then ",
+            " each of the ",
+            *_FILTERS,
+            " items; ",
+            *_REDUCERS,
+            "Convert ",
+            " to ",
+            "longest",
+            "shortest",
+            "\nA) ",
+            "\nB) ",
+            "\nC) ",
+            " km",
+            " m",
+            " cm",
+            " mm",
+            " kg",
+            " g",
+            " h",
+            " min",
+            "km",
+            "cm",
+            "mm",
+            "kg",
+            "exactly ",
+            " words",
+            "; ",
+            "uppercase",
+            "lowercase",
+            "end with ",
+            "start with ",
+            "use commas",
+            "no comma",
+            *(piece for w in _WORDS for piece in (w, f" {w}", w.upper(), f" {w.upper()}")),
+        ]
+    )
+)
 """Single characters and the stock phrases above; greedy longest match covers every prompt and demonstration."""

@@ -22,11 +22,25 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
-def collect(engine: Engine, pool: VerifierPool, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], n: int,
-            *, seed: int, step: int, max_new_tokens: int, temperature: float, progress: Progress | None = None,
-            gather: bool = True, known: Mapping[tuple[str, int], Sample] | None = None,
-            on_sample: Callable[[Sample], None] | None = None, sharing: Sharing | None = None, ahead: int = 0,
-            carry: CarryOver | None = None) -> list[Sample]:
+def collect(
+    engine: Engine,
+    pool: VerifierPool,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    n: int,
+    *,
+    seed: int,
+    step: int,
+    max_new_tokens: int,
+    temperature: float,
+    progress: Progress | None = None,
+    gather: bool = True,
+    known: Mapping[tuple[str, int], Sample] | None = None,
+    on_sample: Callable[[Sample], None] | None = None,
+    sharing: Sharing | None = None,
+    ahead: int = 0,
+    carry: CarryOver | None = None,
+) -> list[Sample]:
     """`n` samples per prompt, verified, group by group in the order of `prompts`.
 
     `sharing` says which prompts are this rank's; with `gather` every rank returns the samples of all. Draws depend on
@@ -106,8 +120,13 @@ def collect(engine: Engine, pool: VerifierPool, tokenizer: PreTrainedTokenizerBa
         settle(0.5)
     if carry is not None:
         carry.leave([g for g in groups if not g.complete])
-    done = [(g.place, i, s) for g in groups if g.complete for i, s in enumerate(g.samples)
-            if i % sharing.members == sharing.member]
+    done = [
+        (g.place, i, s)
+        for g in groups
+        if g.complete
+        for i, s in enumerate(g.samples)
+        if i % sharing.members == sharing.member
+    ]
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1 and gather:
         parts: list = [None] * world
@@ -120,12 +139,18 @@ def joined(begun: Finished | None, more: Finished) -> Finished:
     """A response that was begun by earlier weights, with its continuation."""
     if begun is None:
         return more
-    return Finished(more.id, begun.tokens + more.tokens, begun.logp + more.logp, more.finish,
-                    min(begun.weight_version, more.weight_version))
+    return Finished(
+        more.id,
+        begun.tokens + more.tokens,
+        begun.logp + more.logp,
+        more.finish,
+        min(begun.weight_version, more.weight_version),
+    )
 
 
-def _sample(finished: Finished, prompt: Prompt, index: int, tokenizer: PreTrainedTokenizerBase,
-            end_ids: set[int]) -> Sample:
+def _sample(
+    finished: Finished, prompt: Prompt, index: int, tokenizer: PreTrainedTokenizerBase, end_ids: set[int]
+) -> Sample:
     tokens = finished.tokens
     text: Any = tokenizer.decode(tokens[:-1] if tokens and tokens[-1] in end_ids else tokens, skip_special_tokens=True)
     return Sample(prompt, index, tokens, finished.logp, finished.finish, finished.weight_version, text=text)

@@ -71,7 +71,8 @@ class Engine(Protocol):
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, index: int) -> int:
-    """63-bit seed of one response: a function of the data alone, so it is the same on any rank, in any batch or order."""
+    """63-bit seed of one response: a function of the data alone, so it is the same on any rank, in any batch or
+    order."""
     digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt_id}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

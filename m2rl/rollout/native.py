@@ -1,8 +1,10 @@
-"""The default engine: batched decoding in this process, on whatever device the trainer uses, with no further dependency.
+"""The default engine: batched decoding in this process, on whatever device the trainer uses, with no further
+dependency.
 
-One preallocated key/value cache holds a slot per live sequence. A prompt shared by a whole group is read once and its keys and
-values copied to the group's slots; finished rows are compacted away. Each token is drawn by inverse CDF at a uniform that is a
-hash of (request seed, position), so a response is the same in any batch, up to the last bits of the probabilities.
+One preallocated key/value cache holds a slot per live sequence. A prompt shared by a whole group is read once and its
+keys and values copied to the group's slots; finished rows are compacted away. Each token is drawn by inverse CDF at a
+uniform that is a hash of (request seed, position), so a response is the same in any batch, up to the last bits of the
+probabilities.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from m2rl.policy import full_parameters
 from m2rl.rollout.engine import Finished, Request
 
 ATTENTION = "m2rl_cached"
-COMPACT_SHARE = 0.125  # drop finished rows once they are this share of the batch; copying the cache more often costs more
+COMPACT_SHARE = (
+    0.125  # drop finished rows once they are this share of the batch; copying the cache more often costs more
+)
 
 
 @dataclass(slots=True)
@@ -50,8 +54,16 @@ class Window:
     read: int  # K
 
 
-def cached_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float,
-                     window: Window, **_: Any) -> tuple[Tensor, None]:
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    window: Window,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Write key and value [B, Hkv, q, D] at the rows' positions, attend over what is valid. -> [B, q, Hq, D]"""
     layer = module.layer_idx
     keys, values = window.cache.keys[layer, window.slots], window.cache.values[layer, window.slots]
@@ -63,8 +75,9 @@ def cached_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     else:  # prefill starts every row at position 0
         keys[:, :, :q], values[:, :, :q] = key, value
     k, v = keys[:, :, : window.read], values[:, :, : window.read]
-    out = F.scaled_dot_product_attention(query, k, v, attn_mask=window.mask, scale=scaling,
-                                         enable_gqa=query.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        query, k, v, attn_mask=window.mask, scale=scaling, enable_gqa=query.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2), None
 
 
@@ -82,7 +95,7 @@ def uniform(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
 
 
 def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token per row by inverse CDF; its log-probability (nats) under the distribution drawn from. Greedy at T=0."""
+    """Draw a token per row by inverse CDF, and its log-probability (nats) where it was drawn from; greedy at T=0."""
     greedy = temperature_B == 0
     logp_BV = torch.log_softmax(logits_BV.float() / torch.where(greedy, 1.0, temperature_B)[:, None], -1)
     cdf = logp_BV.double().exp_().cumsum_(-1)
@@ -94,8 +107,14 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple
 class NativeEngine:
     """Implements rollout.engine.Engine. Keeps its own copy of the weights; `sync` writes into it in place."""
 
-    def __init__(self, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, max_sequences: int,
-                 end_tokens: Iterable[int]):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_sequences: int,
+        end_tokens: Iterable[int],
+    ):
         config = copy.deepcopy(config)
         config._attn_implementation = ATTENTION
         self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
@@ -106,13 +125,16 @@ class NativeEngine:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, max_sequences, heads, 64, size)
-        self.cache = SlotCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        self.cache = SlotCache(
+            torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        )
         self.queue: deque[Request] = deque()
         self.live: list[Request] = []  # one per row below
         self._rows_changed()
 
     def _rows_changed(self) -> None:
-        """(Re)start the per-row state when nothing is live: `position` of the next token, `last` token, what was drawn."""
+        """(Re)start the per-row state when nothing is live: `position` of the next token, `last` token, what was
+        drawn."""
         long = {"dtype": torch.int64, "device": self.device}
         self.position, self.last = torch.zeros(0, **long), torch.zeros(0, **long)
         self.seed, self.limit, self.count = torch.zeros(0, **long), torch.zeros(0, **long), torch.zeros(0, **long)
@@ -130,15 +152,20 @@ class NativeEngine:
             if not request.tokens:
                 raise ValueError(f"request {request.id}: tokens must not be empty")
             if request.max_new_tokens < 1:
-                raise ValueError(f"request {request.id}: max_new_tokens must be at least 1, got {request.max_new_tokens}")
+                raise ValueError(
+                    f"request {request.id}: max_new_tokens must be at least 1, got {request.max_new_tokens}"
+                )
             self.queue.append(request)
 
     @torch.inference_mode()
     def poll(self) -> list[Finished]:
         if self.version < 0:
             raise RuntimeError("the engine has no weights yet: call sync first")
-        if self.queue and (not self.live or len(self.live) + len(self.queue) <= self.max_sequences
-                           or len(self.live) <= self.max_sequences * 3 // 4):
+        if self.queue and (
+            not self.live
+            or len(self.live) + len(self.queue) <= self.max_sequences
+            or len(self.live) <= self.max_sequences * 3 // 4
+        ):
             self._admit()
         elif self.live:
             self._decode()
@@ -187,7 +214,9 @@ class NativeEngine:
         self.seed = torch.cat([self.seed, torch.tensor([r.seed for r in batch], **long)])
         self.limit = torch.cat([self.limit, torch.tensor([r.max_new_tokens for r in batch], **long)])
         self.count = torch.cat([self.count, torch.zeros(new, **long)])
-        self.temperature = torch.cat([self.temperature, torch.tensor([r.temperature for r in batch], device=self.device)])
+        self.temperature = torch.cat(
+            [self.temperature, torch.tensor([r.temperature for r in batch], device=self.device)]
+        )
         self.drawn = torch.cat([self.drawn, torch.zeros(new, self.drawn.shape[1], **long)])
         self.logp = torch.cat([self.logp, torch.zeros(new, self.logp.shape[1], device=self.device)])
         self.done = torch.cat([self.done, torch.zeros(new, dtype=torch.bool, device=self.device)])
@@ -202,7 +231,9 @@ class NativeEngine:
         self._draw(self.head(hidden[:, -1]), slice(0, len(self.live)))
 
     def _forward(self, ids: Tensor, window: Window) -> Tensor:
-        return self.backbone(input_ids=ids, position_ids=window.positions, use_cache=False, window=window).last_hidden_state
+        return self.backbone(
+            input_ids=ids, position_ids=window.positions, use_cache=False, window=window
+        ).last_hidden_state
 
     def _draw(self, logits: Tensor, rows: slice) -> None:
         token, logp = sample(logits, self.temperature[rows], uniform(self.seed[rows], self.count[rows]))
@@ -217,7 +248,9 @@ class NativeEngine:
 
     def _finished(self, row: int, finish: str) -> Finished:
         n = int(self.count[row])
-        return Finished(self.live[row].id, self.drawn[row, :n].tolist(), self.logp[row, :n].tolist(), finish, self.version)
+        return Finished(
+            self.live[row].id, self.drawn[row, :n].tolist(), self.logp[row, :n].tolist(), finish, self.version
+        )
 
     def _collect(self) -> list[Finished]:
         done = self.done.nonzero().flatten()
@@ -225,8 +258,9 @@ class NativeEngine:
             return []
         ended = torch.isin(self.drawn[done, (self.count[done] - 1)], self.end).tolist()
         out = []
-        for row, tokens, logp, n, stop in zip(done.tolist(), self.drawn[done].tolist(), self.logp[done].tolist(),
-                                              self.count[done].tolist(), ended):
+        for row, tokens, logp, n, stop in zip(
+            done.tolist(), self.drawn[done].tolist(), self.logp[done].tolist(), self.count[done].tolist(), ended
+        ):
             out.append(Finished(self.live[row].id, tokens[:n], logp[:n], "stop" if stop else "length", self.version))
         self._compact((~self.done).nonzero().flatten())
         return out
@@ -243,7 +277,8 @@ class NativeEngine:
             setattr(self, name, getattr(self, name)[keep])
 
     def sync(self, policy: Any, version: int) -> None:
-        """Copy the policy's weights into the engine's storage, whose addresses never change; collective over the ranks."""
+        """Copy the policy's weights into the engine's storage, whose addresses never change; collective over the
+        ranks."""
         self.load(full_parameters(policy), version)
 
     @torch.no_grad()

@@ -15,7 +15,12 @@ def write(tmp_path, text):
 
 def test_the_default_is_the_embedded_run():
     config, launch = load([])
-    assert (launch.config, config.name, config.warm_start, config.algorithm) == ("embedded", "embedded", "embedded_sft", "grpo")
+    assert (launch.config, config.name, config.warm_start, config.algorithm) == (
+        "embedded",
+        "embedded",
+        "embedded_sft",
+        "grpo",
+    )
 
 
 @pytest.mark.parametrize("name", named_configs())
@@ -25,26 +30,43 @@ def test_every_shipped_config_resolves_and_round_trips(name):
 
 
 def test_dotted_overrides_reach_nested_keys_and_domains():
-    config, launch = load(["--rollout.group-size", "4", "--domain.0.quota", "5", "--domain.1.quota", "3", "--dry-run",
-                           "--model.compile", "True"])
+    config, launch = load(
+        [
+            "--rollout.group-size",
+            "4",
+            "--domain.0.quota",
+            "5",
+            "--domain.1.quota",
+            "3",
+            "--dry-run",
+            "--model.compile",
+            "True",
+        ]
+    )
     assert config.rollout.group_size == 4
     assert [d.quota for d in config.domain] == [5, 3, 4, 4]
     assert launch.dry_run
     assert config.model.compile
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[rollout]\ngroup_sise = 4", "unknown key rollout.group_sise, did you mean group_size?"),
-    ("[rollout]\ngroup_size = 'four'", "rollout.group_size must be int, got 'four'"),
-    ("[optim]\nlr = true", "optim.lr must be float, got True"),
-    ("[rollout]\ngroup_size = 1", "rollout.group_size must be at least 2 for GRPO"),
-    ("[objective]\nloss = 'grop'", "objective.loss must be one of 'grpo', 'cispo', 'gspo', 'reinforce', got 'grop'; did you mean 'grpo'"),
-    ("model = 3", "model must be a table, got 3"),
-    ("[[domain]]\nname = 'math'\nquota = 99", "domain quotas add up to 99, more than rollout.prompts_per_step 16"),
-    ("[[domain]]\nname = 'math'\n[[domain]]\nname = 'math'", "listed twice"),
-    ("[[domain]]\nname = 'math'\nprompt_template = 'x'", "prompt_template must contain {prompt}"),
-    ("rollout = [", "not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[rollout]\ngroup_sise = 4", "unknown key rollout.group_sise, did you mean group_size?"),
+        ("[rollout]\ngroup_size = 'four'", "rollout.group_size must be int, got 'four'"),
+        ("[optim]\nlr = true", "optim.lr must be float, got True"),
+        ("[rollout]\ngroup_size = 1", "rollout.group_size must be at least 2 for GRPO"),
+        (
+            "[objective]\nloss = 'grop'",
+            "objective.loss must be one of 'grpo', 'cispo', 'gspo', 'reinforce', got 'grop'; did you mean 'grpo'",
+        ),
+        ("model = 3", "model must be a table, got 3"),
+        ("[[domain]]\nname = 'math'\nquota = 99", "domain quotas add up to 99, more than rollout.prompts_per_step 16"),
+        ("[[domain]]\nname = 'math'\n[[domain]]\nname = 'math'", "listed twice"),
+        ("[[domain]]\nname = 'math'\nprompt_template = 'x'", "prompt_template must contain {prompt}"),
+        ("rollout = [", "not valid TOML"),
+    ],
+)
 def test_bad_config_names_file_key_and_rule(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(InputError) as error:

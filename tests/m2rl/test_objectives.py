@@ -13,16 +13,29 @@ from m2rl.types import Prompt, Sample
 
 
 def sample(domain="math", prompt=0, index=0, reward=1.0, n=3, finish="stop", mask=None):
-    return Sample(PROMPTS.setdefault((domain, prompt), Prompt(f"{domain}/{prompt}", domain, (5, 6), "", {})), index,
-                  list(range(10, 10 + n)), [-1.0 - 0.1 * i for i in range(n)], finish, 0, mask, "", reward, "ok")
+    return Sample(
+        PROMPTS.setdefault((domain, prompt), Prompt(f"{domain}/{prompt}", domain, (5, 6), "", {})),
+        index,
+        list(range(10, 10 + n)),
+        [-1.0 - 0.1 * i for i in range(n)],
+        finish,
+        0,
+        mask,
+        "",
+        reward,
+        "ok",
+    )
 
 
 PROMPTS: dict = {}
 
 
 def test_groups_are_found_by_prompt_even_when_prompts_repeat_text():
-    samples = [sample(prompt=p, index=i, reward=r) for p, rewards in enumerate([(1, 0, 0, 1), (1, 1, 1, 1), (0, 0, 0, 1)])
-               for i, r in enumerate(rewards)]
+    samples = [
+        sample(prompt=p, index=i, reward=r)
+        for p, rewards in enumerate([(1, 0, 0, 1), (1, 1, 1, 1), (0, 0, 0, 1)])
+        for i, r in enumerate(rewards)
+    ]
     advantages, groups = group_stats(samples, Objective())
     want = []
     for rewards in [(1, 0, 0, 1), (1, 1, 1, 1), (0, 0, 0, 1)]:
@@ -32,14 +45,19 @@ def test_groups_are_found_by_prompt_even_when_prompts_repeat_text():
     assert [(g.live, g.mean) for g in groups] == [(True, 0.5), (False, 1.0), (True, 0.25)]
 
 
-@pytest.mark.parametrize(("aggregation", "want"), [
-    ("sequence", [1 / (3 * 2), 1 / (3 * 4), 0, 1 / (3 * 6)]),
-    ("token", [1 / 12, 1 / 12, 0, 1 / 12]),
-    ("constant", [1 / 300, 1 / 300, 0, 1 / 300]),
-    ("domain", [1 / (2 * 6), 1 / (2 * 6), 0, 1 / (2 * 6)]),
-])
+@pytest.mark.parametrize(
+    ("aggregation", "want"),
+    [
+        ("sequence", [1 / (3 * 2), 1 / (3 * 4), 0, 1 / (3 * 6)]),
+        ("token", [1 / 12, 1 / 12, 0, 1 / 12]),
+        ("constant", [1 / 300, 1 / 300, 0, 1 / 300]),
+        ("domain", [1 / (2 * 6), 1 / (2 * 6), 0, 1 / (2 * 6)]),
+    ],
+)
 def test_token_weights(aggregation, want):
-    got = token_weights(np.array([2, 4, 5, 6]), np.array([0, 0, 1, 1]), np.array([True, True, False, True]), aggregation, 100)
+    got = token_weights(
+        np.array([2, 4, 5, 6]), np.array([0, 0, 1, 1]), np.array([True, True, False, True]), aggregation, 100
+    )
     np.testing.assert_allclose(got, want)
 
 
@@ -52,10 +70,19 @@ def test_weights_of_a_batch_add_up_to_one(aggregation):
 
 
 def test_dead_samples_drop_but_one_per_group_watches():
-    samples = [sample(prompt=p, index=i, reward=r) for p, rewards in enumerate([(1, 0), (1, 1), (0, 0)]) for i, r in enumerate(rewards)]
+    samples = [
+        sample(prompt=p, index=i, reward=r)
+        for p, rewards in enumerate([(1, 0), (1, 1), (0, 0)])
+        for i, r in enumerate(rewards)
+    ]
     advantages, _ = group_stats(samples, Objective())
     rows = to_rows(samples, advantages, ["math"], Objective(), 10)
-    assert [(r.weight > 0, r.advantage != 0) for r in rows] == [(True, True), (True, True), (False, False), (False, False)]
+    assert [(r.weight > 0, r.advantage != 0) for r in rows] == [
+        (True, True),
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
     dense = to_rows(samples, advantages, ["math"], Objective(kl_coef=0.1), 10)
     assert all(r.weight > 0 for r in dense) and len(dense) == 6
 
@@ -75,7 +102,8 @@ def test_environment_tokens_are_not_trained():
     assert rows[0].weight == pytest.approx(1 / (2 * 3))
 
 
-# ---- the learner ------------------------------------------------------------------------------------------------------
+# ---- the learner
+# ------------------------------------------------------------------------------------------------------
 
 
 def learner(tokens_per_bin=1000, seed=0, **objective):
@@ -98,8 +126,18 @@ def test_the_gradient_does_not_depend_on_bins_or_order():
         assert (g - reference).norm() / reference.norm() < 3e-6, tokens_per_bin
 
 
-OPTIONS = [{}, {"loss": "cispo"}, {"loss": "gspo"}, {"loss": "reinforce"}, {"tis_cap": 0.0}, {"kl_coef": 0.1, "kl": "k1"},
-           {"kl_coef": 0.1, "kl": "k2"}, {"kl_coef": 0.1, "kl": "k3"}, {"entropy_coef": 0.05}, {"dual_clip": 1.5}]
+OPTIONS = [
+    {},
+    {"loss": "cispo"},
+    {"loss": "gspo"},
+    {"loss": "reinforce"},
+    {"tis_cap": 0.0},
+    {"kl_coef": 0.1, "kl": "k1"},
+    {"kl_coef": 0.1, "kl": "k2"},
+    {"kl_coef": 0.1, "kl": "k3"},
+    {"entropy_coef": 0.05},
+    {"dual_clip": 1.5},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

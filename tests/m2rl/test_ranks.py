@@ -8,15 +8,20 @@ from commands import SUPPORT, torchrun
 
 def run(folder, ranks, tokens_per_bin=1000, replicas=1, tied="tied", checkpointing="plain"):
     folder.mkdir()
-    done = torchrun(str(SUPPORT / "two_ranks.py"), str(folder), str(tokens_per_bin), str(replicas), tied, checkpointing, ranks=ranks)
+    done = torchrun(
+        str(SUPPORT / "two_ranks.py"), str(folder), str(tokens_per_bin), str(replicas), tied, checkpointing, ranks=ranks
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(folder / "out.pt", weights_only=False)
 
 
-@pytest.mark.parametrize(("tied", "tokens_per_bin", "replicas", "checkpointing"), [
-    ("tied", 40, 1, "plain"),  # several bins per rank: the gradient is reduced after the last one only
-    ("untied", 1000, 2, "checkpointing"),  # one bin, HSDP: two replicas of the whole model
-])
+@pytest.mark.parametrize(
+    ("tied", "tokens_per_bin", "replicas", "checkpointing"),
+    [
+        ("tied", 40, 1, "plain"),  # several bins per rank: the gradient is reduced after the last one only
+        ("untied", 1000, 2, "checkpointing"),  # one bin, HSDP: two replicas of the whole model
+    ],
+)
 def test_two_ranks_equal_one(tmp_path, tied, tokens_per_bin, replicas, checkpointing):
     one = run(tmp_path / "one", 1, tied=tied)
     two = run(tmp_path / "two", 2, tokens_per_bin, replicas, tied, checkpointing)

@@ -16,9 +16,30 @@ from m2rl.config import named_configs
 from m2rl.train import main
 from m2rl.types import InputError
 
-SMALL = ("--train.steps", "6", "--train.save-every", "2", "--warm-start-steps", "4", "--evaluation.problems", "4", "--evaluation.k",
-         "2", "--rollout.prompts-per-step", "4", "--rollout.group-size", "4", "--domain.0.quota", "1", "--domain.1.quota", "1",
-         "--domain.2.quota", "1", "--domain.3.quota", "1")
+SMALL = (
+    "--train.steps",
+    "6",
+    "--train.save-every",
+    "2",
+    "--warm-start-steps",
+    "4",
+    "--evaluation.problems",
+    "4",
+    "--evaluation.k",
+    "2",
+    "--rollout.prompts-per-step",
+    "4",
+    "--rollout.group-size",
+    "4",
+    "--domain.0.quota",
+    "1",
+    "--domain.1.quota",
+    "1",
+    "--domain.2.quota",
+    "1",
+    "--domain.3.quota",
+    "1",
+)
 
 
 def metrics(folder):
@@ -31,7 +52,9 @@ def wait_for_step(folder, step, process, timeout_s=120):
         if (folder / "checkpoints" / f"step-{step:06d}" / "state.json").exists():
             return
         time.sleep(0.02)
-    raise AssertionError(f"no checkpoint of step {step}: {process.stdout.read() if process.poll() is not None else 'timeout'}")
+    raise AssertionError(
+        f"no checkpoint of step {step}: {process.stdout.read() if process.poll() is not None else 'timeout'}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +84,19 @@ def test_every_step_logs_every_domain(finished):
     folder, _ = finished
     steps = [m for m in metrics(folder) if "loss" in m]
     assert [m["step"] for m in steps] == list(range(6))
-    wanted = {"reward", "pass_rate", "groups_all_right", "groups_all_wrong", "response_tokens", "truncated", "status/ok", "status/wrong",
-              "status/unparsed", "status/timeout", "status/error"}
+    wanted = {
+        "reward",
+        "pass_rate",
+        "groups_all_right",
+        "groups_all_wrong",
+        "response_tokens",
+        "truncated",
+        "status/ok",
+        "status/wrong",
+        "status/unparsed",
+        "status/timeout",
+        "status/error",
+    }
     for m in steps:
         for domain in ("math", "code", "science", "if"):
             assert wanted <= {k.removeprefix(f"{domain}/") for k in m if k.startswith(f"{domain}/")}
@@ -94,9 +128,17 @@ def test_killed_at_any_moment_it_resumes_bitwise(tmp_path, finished):
     done = torchrun("-m", "m2rl.train", "--run-dir", str(folder), *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Resuming" in done.stdout
-    assert (folder / "model" / "model.safetensors").read_bytes() == (reference / "previous" / "model" / "model.safetensors").read_bytes()
-    strip = [{k: v for k, v in m.items() if not k.startswith(("time/", "memory/")) and not k.endswith("_s")} for m in metrics(folder)]
-    want = [{k: v for k, v in m.items() if not k.startswith(("time/", "memory/")) and not k.endswith("_s")} for m in metrics(reference)]
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        reference / "previous" / "model" / "model.safetensors"
+    ).read_bytes()
+    strip = [
+        {k: v for k, v in m.items() if not k.startswith(("time/", "memory/")) and not k.endswith("_s")}
+        for m in metrics(folder)
+    ]
+    want = [
+        {k: v for k, v in m.items() if not k.startswith(("time/", "memory/")) and not k.endswith("_s")}
+        for m in metrics(reference)
+    ]
     assert strip == want
 
 
@@ -125,8 +167,20 @@ def test_a_resume_with_other_settings_is_refused_by_name(tmp_path):
 
 def test_two_ranks_train_the_default(tmp_path):
     """Dynamic sampling on as well: its rounds are collective."""
-    done = torchrun("-m", "m2rl.train", "--run-dir", str(tmp_path / "run"), *SMALL, "--train.steps", "2", "--warm-start-steps", "60",
-                    "--rollout.dynamic-sampling-rounds", "2", ranks=2)
+    done = torchrun(
+        "-m",
+        "m2rl.train",
+        "--run-dir",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--train.steps",
+        "2",
+        "--warm-start-steps",
+        "60",
+        "--rollout.dynamic-sampling-rounds",
+        "2",
+        ranks=2,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
     steps = [m for m in metrics(tmp_path / "run") if "loss" in m]
@@ -141,18 +195,40 @@ def test_tensorboard_and_wandb_get_the_metrics_offline(tmp_path, monkeypatch, em
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert main(["--run-dir", str(tmp_path / "run"), "--warm-start", "", "--model.path", str(embedded_folder), *SMALL[:4], *SMALL[6:],
-                 "--train.steps", "2", "--log.tensorboard", "True", "--log.wandb", "m2rl-test"]) == 0
+    assert (
+        main(
+            [
+                "--run-dir",
+                str(tmp_path / "run"),
+                "--warm-start",
+                "",
+                "--model.path",
+                str(embedded_folder),
+                *SMALL[:4],
+                *SMALL[6:],
+                "--train.steps",
+                "2",
+                "--log.tensorboard",
+                "True",
+                "--log.wandb",
+                "m2rl-test",
+            ]
+        )
+        == 0
+    )
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert {"loss", "math/reward", "if/status/wrong"} <= set(events.Tags()["scalars"])
     assert [e.step for e in events.Scalars("loss")] == [0, 1]
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-# ---- real input -------------------------------------------------------------------------------------------------------
+# ---- real input
+# -------------------------------------------------------------------------------------------------------
 
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def save_user_model(folder, family, tied, chat=True):
@@ -161,8 +237,9 @@ def save_user_model(folder, family, tied, chat=True):
     specials = ["<|pad|>", "<|im_end|>", "<|im_start|>"]
     inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*specials, *alphabet])}, []))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|im_end|>",
-                                        additional_special_tokens=["<|im_start|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
     tokenizer.chat_template = CHAT_TEMPLATE if chat else None
     tokenizer.save_pretrained(folder)
     tiny.model(family, tied, vocab=len(tokenizer)).save_pretrained(folder)
@@ -170,7 +247,11 @@ def save_user_model(folder, family, tied, chat=True):
 
 ROWS = [
     {"domain": "math", "prompt": "What is 3+4?", "answer": "7"},
-    {"domain": "math", "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2*5?"}], "answer": "10"},
+    {
+        "domain": "math",
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2*5?"}],
+        "answer": "10",
+    },
     {"domain": "math", "prompt": "long " * 200, "answer": "1"},
     {"domain": "science", "prompt": "Which is largest? A) 1 B) 3", "answer": "B", "options": ["A", "B"]},
     {"domain": "code", "prompt": "Print the square of the input.", "tests": {"inputs": ["3\n"], "outputs": ["9\n"]}},
@@ -184,11 +265,17 @@ def write_rows(path, rows):
 
 def user_toml(folder, algorithm="grpo", **extra):
     data = {"train": [str(folder / "train.jsonl")], "eval": [str(folder / "train.jsonl")]} | extra
-    lines = [f'name = "mine"\nalgorithm = "{algorithm}"\nrun_dir = "{folder / "run"}"', f'[model]\npath = "{folder / "model"}"', "[data]"]
+    lines = [
+        f'name = "mine"\nalgorithm = "{algorithm}"\nrun_dir = "{folder / "run"}"',
+        f'[model]\npath = "{folder / "model"}"',
+        "[data]",
+    ]
     lines += [f"{k} = {json.dumps(v)}" for k, v in data.items()]
-    lines += ["[rollout]\nprompts_per_step = 5\ngroup_size = 2\nmax_prompt_tokens = 120\nmax_new_tokens = 6",
-              "[objective]\nkl_coef = 0.01\nupdates_per_rollout = 2\naggregation = 'domain'\n[optim]\nlr = 1e-3",
-              "[train]\nsteps = 2\nbatch_size = 4\ntokens_per_bin = 300\n[evaluation]\nk = 2"]
+    lines += [
+        "[rollout]\nprompts_per_step = 5\ngroup_size = 2\nmax_prompt_tokens = 120\nmax_new_tokens = 6",
+        "[objective]\nkl_coef = 0.01\nupdates_per_rollout = 2\naggregation = 'domain'\n[optim]\nlr = 1e-3",
+        "[train]\nsteps = 2\nbatch_size = 4\ntokens_per_bin = 300\n[evaluation]\nk = 2",
+    ]
     (folder / "my.toml").write_text("\n".join(lines))
     return str(folder / "my.toml")
 
@@ -207,8 +294,16 @@ def test_grpo_on_the_users_model_and_rows(tmp_path, family, tied):
 
 def test_sft_on_chat_messages_lowers_the_loss(tmp_path):
     save_user_model(tmp_path / "model", "qwen3", True)
-    write_rows(tmp_path / "train.jsonl", [
-        {"domain": "chat", "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(8)])
+    write_rows(
+        tmp_path / "train.jsonl",
+        [
+            {
+                "domain": "chat",
+                "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}],
+            }
+            for i in range(8)
+        ],
+    )
     done = torchrun("-m", "m2rl.train", "--config", user_toml(tmp_path, "sft", eval=[]), "--train.steps", "12")
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [m["loss"] for m in metrics(tmp_path / "run")]
@@ -235,18 +330,24 @@ def test_wrong_input_prints_one_line_and_exits_2(tmp_path):
     assert out.startswith("m2rl: --config") and out.count("\n") == 1
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"text": '{"domain": "math", "prompt": "a", "answer": "1"}\n{"domain": \n'}, "train.jsonl:2: malformed JSON"),
-    ({"rows": []}, "no usable row"),
-    ({"rows": [{"domain": "maths", "prompt": "a", "answer": "1"}]}, "train.jsonl:1: unknown domain 'maths'"),
-    ({"rows": [{"prompt": "a", "answer": "1"}]}, "train.jsonl:1: key domain is missing"),
-    ({"rows": [{"domain": "math", "prompt": 3, "answer": "1"}]}, "train.jsonl:1: key prompt must be a non-empty string"),
-    ({"rows": [{"domain": "math", "prompt": "a"}]}, "train.jsonl:1: "),
-    ({"rows": [ROWS[1]], "chat": False}, "the tokenizer has no chat template"),
-    ({"train": ["nowhere/*.jsonl"]}, "no file nowhere/*.jsonl"),
-    ({"extra": ("--model.path", "nowhere")}, "model.path nowhere: "),
-    ({"extra": ("--rollout.group-size", "1")}, "rollout.group_size must be at least 2"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"text": '{"domain": "math", "prompt": "a", "answer": "1"}\n{"domain": \n'}, "train.jsonl:2: malformed JSON"),
+        ({"rows": []}, "no usable row"),
+        ({"rows": [{"domain": "maths", "prompt": "a", "answer": "1"}]}, "train.jsonl:1: unknown domain 'maths'"),
+        ({"rows": [{"prompt": "a", "answer": "1"}]}, "train.jsonl:1: key domain is missing"),
+        (
+            {"rows": [{"domain": "math", "prompt": 3, "answer": "1"}]},
+            "train.jsonl:1: key prompt must be a non-empty string",
+        ),
+        ({"rows": [{"domain": "math", "prompt": "a"}]}, "train.jsonl:1: "),
+        ({"rows": [ROWS[1]], "chat": False}, "the tokenizer has no chat template"),
+        ({"train": ["nowhere/*.jsonl"]}, "no file nowhere/*.jsonl"),
+        ({"extra": ("--model.path", "nowhere")}, "model.path nowhere: "),
+        ({"extra": ("--rollout.group-size", "1")}, "rollout.group_size must be at least 2"),
+    ],
+)
 def test_bad_input_is_one_line_naming_file_line_key_and_rule(tmp_path, kwargs, message):
     assert message in bad(tmp_path, **kwargs)
 
@@ -262,8 +363,19 @@ def test_nan_weights_are_refused(tmp_path):
 
 def test_three_non_finite_gradients_in_a_row_end_the_run_with_the_checkpoint_kept(tmp_path):
     """An entropy bonus so large that the gradient overflows."""
-    done = torchrun("-m", "m2rl.train", "--run-dir", str(tmp_path / "run"), *SMALL, "--train.save-every", "1", "--train.steps", "9",
-                    "--objective.entropy-coef", "1e38")
+    done = torchrun(
+        "-m",
+        "m2rl.train",
+        "--run-dir",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--train.save-every",
+        "1",
+        "--train.steps",
+        "9",
+        "--objective.entropy-coef",
+        "1e38",
+    )
     assert done.returncode != 0
     assert "not finite 3 steps in a row" in done.stderr
     assert [m["skipped"] for m in metrics(tmp_path / "run")] == [1, 1, 1]

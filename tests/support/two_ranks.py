@@ -1,4 +1,5 @@
-"""Run under torchrun: the gradient of one step and a resumed optimizer over FSDP2 ranks, written by rank 0 for the test to read."""
+"""Run under torchrun: the gradient of one step and a resumed optimizer over FSDP2 ranks, written by rank 0 for the test
+to read."""
 
 import sys
 
@@ -18,8 +19,13 @@ def main(folder: str, tokens_per_bin: int, replicas: int, tied: str, checkpointi
     from pathlib import Path
 
     with process_group(1) as device:
-        policy = shard(Policy(tiny.model(tied=tied == "tied", attention=ATTENTION)), device, torch.float32, replicas,
-                       activation_checkpointing=checkpointing == "checkpointing")
+        policy = shard(
+            Policy(tiny.model(tied=tied == "tied", attention=ATTENTION)),
+            device,
+            torch.float32,
+            replicas,
+            activation_checkpointing=checkpointing == "checkpointing",
+        )
         learner = Learner(policy, Optim(lr=1e-3), 10, tokens_per_bin, ["a", "b"])
         objective = PolicyGradient(Objective())
         rows = tiny.rows()
@@ -39,8 +45,16 @@ def main(folder: str, tokens_per_bin: int, replicas: int, tied: str, checkpointi
         resumed = full_parameters(policy)
         same = all(torch.equal(uninterrupted[k], resumed[k]) for k in resumed)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            torch.save({"grads": grads, "totals": totals, "scores": scores, "resumed_bitwise": same,
-                        "parameters": uninterrupted}, f"{folder}/out.pt")
+            torch.save(
+                {
+                    "grads": grads,
+                    "totals": totals,
+                    "scores": scores,
+                    "resumed_bitwise": same,
+                    "parameters": uninterrupted,
+                },
+                f"{folder}/out.pt",
+            )
 
 
 if __name__ == "__main__":

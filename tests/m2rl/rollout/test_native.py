@@ -21,8 +21,16 @@ def engine(family="qwen3", tied=True, slots=16):
 
 def requests(n, limit=12, temperature=1.0, group=4):
     prompts = tiny.sequences((5, 17, 1, 9, 8, 30), seed=1)
-    return [Request(i, tuple(prompts[i // group % len(prompts)]), sample_seed(0, 0, str(i // group), i % group), limit, temperature)
-            for i in range(n)]
+    return [
+        Request(
+            i,
+            tuple(prompts[i // group % len(prompts)]),
+            sample_seed(0, 0, str(i // group), i % group),
+            limit,
+            temperature,
+        )
+        for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -31,7 +39,11 @@ def test_log_probabilities_are_those_of_the_model_at_the_sampling_temperature(fa
     built, model = engine(family, tied)
     for request, finished in zip(requests(20, temperature=0.6), generate(built, requests(20, temperature=0.6))):
         logits = model(input_ids=torch.tensor([[*request.tokens, *finished.tokens]])).logits[0].detach()
-        want = (logits / 0.6).log_softmax(-1)[len(request.tokens) - 1:-1].gather(1, torch.tensor(finished.tokens)[:, None])[:, 0]
+        want = (
+            (logits / 0.6)
+            .log_softmax(-1)[len(request.tokens) - 1 : -1]
+            .gather(1, torch.tensor(finished.tokens)[:, None])[:, 0]
+        )
         np.testing.assert_allclose(finished.logp, want.numpy(), atol=1e-5)
         assert finished.weight_version == 3
         assert (finished.finish == "stop") == (finished.tokens[-1] == 1)
