@@ -276,15 +276,15 @@ def _(grad_logp_N, grad_entropy_N, hidden_NH, weight_VH, targets_N, rows_M, stat
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden_NH, weight_VH, targets_N, rows_M, temperature, _, _ = inputs
+    hidden_NH, weight_VH, targets_N, rows_M, ctx.temperature, _, ctx.with_entropy = inputs
     _, _, stats_4M, cache_RV = output
     ctx.mark_non_differentiable(stats_4M, cache_RV)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_NH, weight_VH, targets_N, rows_M, stats_4M, cache_RV)
-    ctx.temperature = temperature
 
 
 def _grads(ctx, grad_logp_N, grad_entropy_N, _stats, _cache):
+    grad_entropy_N = grad_entropy_N if ctx.with_entropy else None
     if grad_logp_N is None and grad_entropy_N is None:
         return (None,) * 7
     need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -434,6 +434,9 @@ def _backward_cpu(c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, nee
     """(grad_x [M, H] or None, grad_weight [V, H] or None), from E' cached or recomputed."""
     M, (V, H), R, dtype = x_MH.shape[0], weight_VH.shape, cache_RV.shape[0], weight_VH.dtype
     padded = _padded(M)
+    if M == 0:
+        grad_weight = torch.zeros(V, H, dtype=dtype) if need_weight and grad_weight_out is None else None
+        return torch.zeros(0, H, dtype=dtype) if need_hidden else None, grad_weight
     x, y = _pad_rows(_widen(x_MH), padded), _pad_rows(y_M, padded)
     target, anchor, S, U = stats_4M if padded == M else _pad_rows(stats_4M.T, padded, 1.0).T
     c = _pad_rows(c_M, padded)
@@ -544,4 +547,5 @@ def _shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy) -
         return torch.zeros(2, 0)
     x, y, target, anchor = _pad_rows(_widen(x_MH), padded), *(_pad_rows(t, padded) for t in (y_M, target_M, anchor_M))
     no_cache = torch.empty(0, weight_VH.shape[0])
-    return torch.stack(_sums_cpu(x, weight_VH, y, target, anchor, inv_t, with_entropy, no_cache))[:, :M]
+    sums = _sums_cpu(x, weight_VH, y, target, anchor, inv_t, with_entropy, no_cache)
+    return torch.stack(sums)[:, :M].contiguous()  # a collective reads a tensor by its address and count

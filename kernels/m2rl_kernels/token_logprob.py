@@ -125,13 +125,14 @@ def _(grad_logp_N, grad_entropy_N, logits_NV, targets_N, stats_4N, temperature):
 
 
 def _save(ctx, inputs, output) -> None:
-    logits_NV, targets_N, ctx.temperature, _ = inputs
+    logits_NV, targets_N, ctx.temperature, ctx.with_entropy = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits_NV, targets_N, output[2])
 
 
 def _grads(ctx, grad_logp_N, grad_entropy_N, _stats):
+    grad_entropy_N = grad_entropy_N if ctx.with_entropy else None
     if grad_logp_N is None and grad_entropy_N is None:
         return None, None, None, None
     return token_logprob_bwd(grad_logp_N, grad_entropy_N, *ctx.saved_tensors, ctx.temperature), None, None, None
