@@ -139,7 +139,7 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
     state = json.loads((path / "state.json").read_text())
     with _quiet():
         model_state, optimizer_state = get_state_dict(policy, optimizer)
-        target = {"model": model_state, "optimizer": optimizer_state}
+        target: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(target, checkpoint_id=str(path / "shards"), no_dist=not dist.is_initialized())
         set_state_dict(
             policy,

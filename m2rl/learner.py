@@ -6,22 +6,20 @@ rows --plan_packing--> equal bins per rank --policy--> logp, entropy --objective
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from m2rl_kernels import plan_packing
+from m2rl_kernels.packing import plan_packing
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from m2rl.config import Optim
-from m2rl.objectives import STATS, TrainRow
+from m2rl.objectives import STATS, ObjectiveFn, TrainRow
 from m2rl.policy import Packed, Policy
 from m2rl.types import StepStats
-
-ObjectiveFn = Callable[[Tensor, Tensor | None, dict[str, Tensor], int], tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
@@ -57,7 +55,7 @@ def make_bin(
     trained = np.concatenate([r.trained for r in chosen])
     position = np.flatnonzero(trained)
     counts = np.array([int(r.trained.sum()) for r in chosen])
-    spread = {
+    spread: dict[str, np.ndarray] = {
         "weight": np.array([r.weight for r in chosen], np.float32),
         "advantage": np.array([r.advantage for r in chosen], np.float32),
         "domain": np.array([r.domain for r in chosen], np.int64),

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from m2rl_kernels import group_advantages, policy_loss
-from m2rl_kernels.policy_loss import STATS
+from m2rl_kernels.advantages import group_advantages
+from m2rl_kernels.policy_loss import STATS, policy_loss
 from torch import Tensor
 
 from m2rl.config import Objective
@@ -131,15 +132,23 @@ def to_rows(
     return rows
 
 
+class ObjectiveFn(Protocol):
+    """What the learner differentiates: (loss, [segments, STATS] sums) of a bin's N trained tokens."""
+
+    with_entropy: ClassVar[bool]  # whether the policy's entropy has to be computed
+
+    def __call__(
+        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class PolicyGradient:
     """The GRPO family: clipped ratios, truncated importance sampling, KL to a reference, entropy bonus."""
 
     options: Objective
 
-    @property
-    def with_entropy(self) -> bool:
-        return True  # always a metric; its gradient is computed only when the bonus asks for it
+    with_entropy: ClassVar[bool] = True  # always a metric; its gradient is computed only when the bonus asks for it
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
@@ -159,7 +168,7 @@ class PolicyGradient:
             tis_cap=o.tis_cap or None,
             kl=o.kl,
             kl_coef=o.kl_coef,
-            entropy=entropy if o.entropy_coef else entropy.detach(),
+            entropy=entropy if o.entropy_coef or entropy is None else entropy.detach(),
             entropy_coef=o.entropy_coef,
             cu_seqlens=fields["cu_seqlens"],
             segment=fields["domain"],
@@ -171,7 +180,7 @@ class PolicyGradient:
 class Supervised:
     """SFT: weight_t * -log p(token_t)."""
 
-    with_entropy: bool = False
+    with_entropy: ClassVar[bool] = False
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int

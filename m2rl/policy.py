@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from m2rl_kernels import linear_logprob
+from m2rl_kernels.linear_logprob import linear_logprob
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -103,7 +103,9 @@ def _varlen_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float
         if k.shape[1] != q.shape[1]:  # varlen_attn of the older torch releases takes equal head counts
             repeat = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))
+        return varlen_attn(  # type: ignore[return-value]  one tensor unless return_aux is asked for
+            q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0)
+        )
     return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
 
 

@@ -112,7 +112,8 @@ class Run:
         self.config, self.device, self.stopping, self.display = config, device, stopping, display
         self.folder = config.folder
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.started, self.wall = time.perf_counter(), {}
+        self.started = time.perf_counter()
+        self.wall: dict[str, float] = {}
         self.energy = Energy(device)
         self.dtype = getattr(torch, config.model.compute_dtype)
         self.skipped_in_a_row = 0
@@ -244,7 +245,7 @@ class Run:
             },
         )
 
-    # ---- SFT ---------------------------------------------------------------------------------------------------------
+    # ---- SFT ----
 
     def sft(self) -> Path | None:
         """Supervised fine-tuning: per-token mean over the step's assistant tokens. The exported model, None if
@@ -295,7 +296,7 @@ class Run:
     def export_dtype(self) -> torch.dtype:
         return self.dtype
 
-    # ---- GRPO --------------------------------------------------------------------------------------------------------
+    # ---- GRPO ----
 
     def grpo(self) -> None:
         """Group-relative policy optimisation over a mixture of domains."""

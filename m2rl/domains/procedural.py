@@ -44,7 +44,8 @@ def problem(domain: str, seed: int, index: int) -> Problem:
 
 def eval_set(domain: str, n: int) -> list[Problem]:
     """`n` distinct held-out problems. ValueError if the domain does not have so many (math has about 190)."""
-    rng, found, idle = random.Random(f"m2rl/held out/{domain}"), {}, 0
+    rng, idle = random.Random(f"m2rl/held out/{domain}"), 0
+    found: dict[str, Problem] = {}
     while len(found) < n:
         made = _make(domain, rng)
         idle += 1
@@ -71,8 +72,7 @@ def _make(domain: str, rng: random.Random) -> Problem:
     return _MAKERS[domain](rng)
 
 
-# ---- math
-# -------------------------------------------------------------------------------------------------------------
+# ---- math ----
 
 
 def _math(rng: random.Random) -> Problem:
@@ -95,11 +95,19 @@ def _math(rng: random.Random) -> Problem:
     return Problem("math", prompt, {"answer": str(answer)}, f"{working} \\boxed{{{answer}}}", f"\\boxed{{{wrong}}}")
 
 
-# ---- code
-# -------------------------------------------------------------------------------------------------------------
+# ---- code ----
 
 _FILTERS = {"even": "v%2==0", "odd": "v%2==1", "positive": "v>0", "negative": "v<0"}
 _REDUCERS = {"sum": "sum({})", "max": "max({})", "min": "min({})", "sorted list": "sorted({})", "count": "len([{}])"}
+
+
+_REDUCE: dict[str, Callable[[list[int]], Any]] = {
+    "sum": sum,
+    "max": max,
+    "min": min,
+    "sorted list": sorted,
+    "count": len,
+}
 
 
 def _code(rng: random.Random) -> Problem:
@@ -135,18 +143,18 @@ def _tests(bodies: list[str], which: str, reducer: str, rng: random.Random) -> d
     expression = bodies[1].format(f"({bodies[0].format('v')})")
     apply = eval(f"lambda v: {expression}")  # built from the tables above alone
     keep = eval(f"lambda v: {_FILTERS[which]}")
-    inputs, outputs = [], []
+    inputs: list[list[list[int]]] = []
+    outputs: list[Any] = []
     while len(inputs) < 4:
         items = [rng.randint(-9, 9) for _ in range(6)]
         kept = [apply(v) for v in items if keep(v)]
         if kept:
             inputs.append([items])
-            outputs.append({"sum": sum, "max": max, "min": min, "sorted list": sorted, "count": len}[reducer](kept))
+            outputs.append(_REDUCE[reducer](kept))
     return {"fn_name": "f", "inputs": inputs, "outputs": outputs}
 
 
-# ---- science
-# ----------------------------------------------------------------------------------------------------------
+# ---- science ----
 
 _FACTORS = {("km", "m"): 1000, ("m", "cm"): 100, ("kg", "g"): 1000, ("h", "min"): 60}
 _LENGTHS = ("km", "m", "cm", "mm")
@@ -183,8 +191,7 @@ def _science(rng: random.Random) -> Problem:
     )
 
 
-# ---- instruction following
-# --------------------------------------------------------------------------------------------
+# ---- instruction following ----
 
 _STARTS = ("red", "blue", "fish", "tree", "rain", "sun", "cat", "dog")
 _ENDS = ("ok", "yes", "bye", "end")
@@ -208,7 +215,9 @@ _WORDS = (
 
 def _if(rng: random.Random) -> Problem:
     count = rng.randint(2, 5)
-    parts = [(f"exactly {count} words", "embedded:exact_words", {"num_words": count})]
+    parts: list[tuple[str, str, dict[str, Any]]] = [
+        (f"exactly {count} words", "embedded:exact_words", {"num_words": count})
+    ]
     case = rng.choice((None, "lower", "upper"))
     end, start, commas = rng.choice((None, *_ENDS)), rng.choice((None, *_STARTS)), rng.choice((None, True, False))
     if case:
@@ -259,8 +268,7 @@ def _break_one(wanted: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
 
 _MAKERS: dict[str, Callable[[random.Random], Problem]] = {"math": _math, "code": _code, "science": _science, "if": _if}
 
-# ---- the tokenizer's pieces
-# -------------------------------------------------------------------------------------------
+# ---- the tokenizer's pieces ----
 
 VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys(

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def cached_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Write key and value [B, Hkv, q, D] at the rows' positions, attend over what is valid. -> [B, q, Hq, D]"""
-    layer = module.layer_idx
+    layer = cast(int, module.layer_idx)
     keys, values = window.cache.keys[layer, window.slots], window.cache.values[layer, window.slots]
     B, q = window.positions.shape
     if q == 1:
@@ -104,6 +104,49 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple
     return token, logp_BV.gather(1, token[:, None])[:, 0]
 
 
+@dataclass(slots=True)
+class Rows:
+    """What each live sequence is at; B rows, W the longest response allowed among them."""
+
+    position: Tensor  # [B] int64: where the next key and value go
+    last: Tensor  # [B] int64: the token drawn last
+    seed: Tensor  # [B] int64
+    limit: Tensor  # [B] int64: most tokens to draw
+    count: Tensor  # [B] int64: tokens drawn
+    temperature: Tensor  # [B] float32
+    done: Tensor  # [B] bool
+    drawn: Tensor  # [B, W] int64
+    logp: Tensor  # [B, W] float32
+
+    @staticmethod
+    def of(requests: list[Request], device: torch.device) -> Rows:
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        n, width = len(requests), max((r.max_new_tokens for r in requests), default=0)
+        return Rows(
+            position=column([len(r.tokens) for r in requests]),
+            last=column([0] * n),
+            seed=column([r.seed for r in requests]),
+            limit=column([r.max_new_tokens for r in requests]),
+            count=column([0] * n),
+            temperature=torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device),
+            done=torch.zeros(n, dtype=torch.bool, device=device),
+            drawn=torch.zeros(n, width, dtype=torch.int64, device=device),
+            logp=torch.zeros(n, width, dtype=torch.float32, device=device),
+        )
+
+    def joined(self, more: Rows) -> Rows:
+        width = max(self.drawn.shape[1], more.drawn.shape[1])
+        for rows in (self, more):
+            grow = width - rows.drawn.shape[1]
+            rows.drawn, rows.logp = F.pad(rows.drawn, (0, grow)), F.pad(rows.logp, (0, grow))
+        return Rows(*(torch.cat([getattr(self, f.name), getattr(more, f.name)]) for f in fields(Rows)))
+
+    def kept(self, index: Tensor) -> Rows:
+        return Rows(*(getattr(self, f.name)[index] for f in fields(Rows)))
+
+
 class NativeEngine:
     """Implements rollout.engine.Engine. Keeps its own copy of the weights; `sync` writes into it in place."""
 
@@ -129,19 +172,8 @@ class NativeEngine:
             torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         )
         self.queue: deque[Request] = deque()
-        self.live: list[Request] = []  # one per row below
-        self._rows_changed()
-
-    def _rows_changed(self) -> None:
-        """(Re)start the per-row state when nothing is live: `position` of the next token, `last` token, what was
-        drawn."""
-        long = {"dtype": torch.int64, "device": self.device}
-        self.position, self.last = torch.zeros(0, **long), torch.zeros(0, **long)
-        self.seed, self.limit, self.count = torch.zeros(0, **long), torch.zeros(0, **long), torch.zeros(0, **long)
-        self.temperature = torch.zeros(0, device=self.device)
-        self.drawn = torch.zeros(0, 0, **long)
-        self.logp = torch.zeros(0, 0, device=self.device)
-        self.done = torch.zeros(0, dtype=torch.bool, device=self.device)
+        self.live: list[Request] = []  # one per row of `rows`
+        self.rows = Rows.of([], device)
 
     @property
     def pending(self) -> int:
@@ -175,12 +207,10 @@ class NativeEngine:
         gone = set(ids)
         out = [Finished(r.id, [], [], "abort", self.version) for r in self.queue if r.id in gone]
         self.queue = deque(r for r in self.queue if r.id not in gone)
-        keep = [i for i, r in enumerate(self.live) if r.id not in gone]
-        for i, r in enumerate(self.live):
-            if r.id in gone:  # one that is done already waits for its row to be dropped: it is whole
-                ended = bool(torch.isin(self.drawn[i, self.count[i] - 1], self.end))
-                out.append(self._finished(i, ("stop" if ended else "length") if self.done[i] else "abort"))
-        self._compact(torch.tensor(keep, dtype=torch.int64, device=self.device))
+        leaving = torch.tensor([r.id in gone for r in self.live], dtype=torch.bool, device=self.device)
+        if leaving.any():
+            out += self._finished(leaving.nonzero().flatten())
+            self._keep((~leaving).nonzero().flatten())
         return out
 
     def _admit(self) -> None:
@@ -192,7 +222,6 @@ class NativeEngine:
         ids = torch.zeros(len(distinct), longest, dtype=torch.int64)
         for tokens, i in distinct.items():
             ids[i, : len(tokens)] = torch.tensor(tokens)
-        width = max(r.max_new_tokens for r in batch)
         self.cache.widen(max(len(r.tokens) + r.max_new_tokens for r in batch))
         first, source = len(self.live), torch.tensor([distinct[r.tokens] for r in batch], device=self.device)
         # Prefill into the slots that the group will use, then spread each prompt's keys and values over its group.
@@ -204,30 +233,16 @@ class NativeEngine:
         for store in (self.cache.keys, self.cache.values):
             store[:, first : first + len(batch), :, :longest] = store[:, slots, :, :longest][:, source]
         self.live += batch
-        long = {"dtype": torch.int64, "device": self.device}
-        grow = width - self.drawn.shape[1]
-        if grow > 0:
-            self.drawn, self.logp = F.pad(self.drawn, (0, grow)), F.pad(self.logp, (0, grow))
-        new = len(batch)
-        self.position = torch.cat([self.position, lengths[source]])
-        self.last = torch.cat([self.last, torch.zeros(new, **long)])
-        self.seed = torch.cat([self.seed, torch.tensor([r.seed for r in batch], **long)])
-        self.limit = torch.cat([self.limit, torch.tensor([r.max_new_tokens for r in batch], **long)])
-        self.count = torch.cat([self.count, torch.zeros(new, **long)])
-        self.temperature = torch.cat(
-            [self.temperature, torch.tensor([r.temperature for r in batch], device=self.device)]
-        )
-        self.drawn = torch.cat([self.drawn, torch.zeros(new, self.drawn.shape[1], **long)])
-        self.logp = torch.cat([self.logp, torch.zeros(new, self.logp.shape[1], device=self.device)])
-        self.done = torch.cat([self.done, torch.zeros(new, dtype=torch.bool, device=self.device)])
-        self._draw(logits, slice(first, first + new))
+        self.rows = self.rows.joined(Rows.of(batch, self.device))
+        self._draw(logits, slice(first, len(self.live)))
 
     def _decode(self) -> None:
-        read = int(self.position.max()) + 1
-        mask = torch.arange(read, device=self.device) <= self.position[:, None]
-        window = Window(self.cache, slice(0, len(self.live)), self.position[:, None], mask[:, None, None], read)
-        hidden = self._forward(self.last[:, None], window)
-        self.position += 1
+        position = self.rows.position
+        read = int(position.max()) + 1
+        mask = torch.arange(read, device=self.device) <= position[:, None]
+        window = Window(self.cache, slice(0, len(self.live)), position[:, None], mask[:, None, None], read)
+        hidden = self._forward(self.rows.last[:, None], window)
+        position += 1
         self._draw(self.head(hidden[:, -1]), slice(0, len(self.live)))
 
     def _forward(self, ids: Tensor, window: Window) -> Tensor:
@@ -235,46 +250,45 @@ class NativeEngine:
             input_ids=ids, position_ids=window.positions, use_cache=False, window=window
         ).last_hidden_state
 
-    def _draw(self, logits: Tensor, rows: slice) -> None:
-        token, logp = sample(logits, self.temperature[rows], uniform(self.seed[rows], self.count[rows]))
-        row = torch.arange(rows.start, rows.stop, device=self.device)
-        live = ~self.done[rows]
-        column = self.count[rows].clamp_max(self.drawn.shape[1] - 1)
-        self.drawn[row, column] = torch.where(live, token, self.drawn[row, column])
-        self.logp[row, column] = torch.where(live, logp, self.logp[row, column])
-        self.count[rows] += live
-        self.last[rows] = token
-        self.done[rows] |= torch.isin(token, self.end) | (self.count[rows] >= self.limit[rows])
+    def _draw(self, logits: Tensor, at: slice) -> None:
+        rows = self.rows
+        token, logp = sample(logits, rows.temperature[at], uniform(rows.seed[at], rows.count[at]))
+        row, live = torch.arange(at.start, at.stop, device=self.device), ~rows.done[at]
+        column = rows.count[at].clamp_max(rows.drawn.shape[1] - 1)
+        rows.drawn[row, column] = torch.where(live, token, rows.drawn[row, column])
+        rows.logp[row, column] = torch.where(live, logp, rows.logp[row, column])
+        rows.count[at] += live
+        rows.last[at] = token
+        rows.done[at] |= torch.isin(token, self.end) | (rows.count[at] >= rows.limit[at])
 
-    def _finished(self, row: int, finish: str) -> Finished:
-        n = int(self.count[row])
-        return Finished(
-            self.live[row].id, self.drawn[row, :n].tolist(), self.logp[row, :n].tolist(), finish, self.version
-        )
-
-    def _collect(self) -> list[Finished]:
-        done = self.done.nonzero().flatten()
-        if not len(done) or (len(done) < len(self.live) * COMPACT_SHARE and len(done) < len(self.live)):
-            return []
-        ended = torch.isin(self.drawn[done, (self.count[done] - 1)], self.end).tolist()
+    def _finished(self, index: Tensor) -> list[Finished]:
+        """The responses of these rows; one that is neither ended nor at its limit is an abort."""
+        rows = self.rows.kept(index)
+        ended = torch.isin(rows.drawn.gather(1, (rows.count - 1)[:, None])[:, 0], self.end).tolist()
         out = []
-        for row, tokens, logp, n, stop in zip(
-            done.tolist(), self.drawn[done].tolist(), self.logp[done].tolist(), self.count[done].tolist(), ended
+        for i, tokens, logp, n, end, done in zip(
+            index.tolist(), rows.drawn.tolist(), rows.logp.tolist(), rows.count.tolist(), ended, rows.done.tolist()
         ):
-            out.append(Finished(self.live[row].id, tokens[:n], logp[:n], "stop" if stop else "length", self.version))
-        self._compact((~self.done).nonzero().flatten())
+            finish: Literal["stop", "length", "abort"] = "stop" if end else "length" if done else "abort"
+            out.append(Finished(self.live[i].id, tokens[:n], logp[:n], finish, self.version))
         return out
 
-    def _compact(self, keep: Tensor) -> None:
-        self.live = [self.live[i] for i in keep.tolist()]
-        if not self.live:
-            self._rows_changed()
-            return
-        used = int(self.position.max()) + 1
-        for store in (self.cache.keys, self.cache.values):
-            store[:, : len(keep), :, :used] = store[:, keep, :, :used]
-        for name in ("position", "last", "seed", "limit", "count", "temperature", "drawn", "logp", "done"):
-            setattr(self, name, getattr(self, name)[keep])
+    def _collect(self) -> list[Finished]:
+        done = self.rows.done.nonzero().flatten()
+        if not len(done) or len(done) < min(len(self.live) * COMPACT_SHARE, len(self.live)):
+            return []
+        out = self._finished(done)
+        self._keep((~self.rows.done).nonzero().flatten())
+        return out
+
+    def _keep(self, index: Tensor) -> None:
+        """Move the rows at `index` to the front of the cache and forget the others."""
+        self.live = [self.live[i] for i in index.tolist()]
+        self.rows = self.rows.kept(index) if self.live else Rows.of([], self.device)
+        if self.live:
+            used = int(self.rows.position.max()) + 1
+            for store in (self.cache.keys, self.cache.values):
+                store[:, : len(index), :, :used] = store[:, index, :, :used]
 
     def sync(self, policy: Any, version: int) -> None:
         """Copy the policy's weights into the engine's storage, whose addresses never change; collective over the

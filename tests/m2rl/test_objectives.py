@@ -102,8 +102,7 @@ def test_environment_tokens_are_not_trained():
     assert rows[0].weight == pytest.approx(1 / (2 * 3))
 
 
-# ---- the learner
-# ------------------------------------------------------------------------------------------------------
+# ---- the learner ----
 
 
 def learner(tokens_per_bin=1000, seed=0, **objective):

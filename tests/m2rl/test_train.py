@@ -222,8 +222,7 @@ def test_tensorboard_and_wandb_get_the_metrics_offline(tmp_path, monkeypatch, em
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-# ---- real input
-# -------------------------------------------------------------------------------------------------------
+# ---- real input ----
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
