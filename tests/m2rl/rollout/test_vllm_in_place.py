@@ -1,0 +1,178 @@
+"""SyncPlan writing a real vLLM model's fused parameters where they lie, as it does on a GPU.
+
+vLLM's CPU build packs every matrix after loading; that is switched off here, by replacing the function that does it.
+"""
+
+import pytest
+import served
+import torch
+from served import CLOSE, CONFIG, CPU, END, perturb, requests, restore, worst
+
+from m2rl.rollout.engine import generate
+
+pytestmark = served.needs_vllm
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    from m2rl.rollout.vllm import VllmEngine
+
+    made = {}
+
+    def start(family: str, tied: bool):
+        if (family, tied) not in made:
+            folder = served.save(tmp_path_factory.mktemp("model"), family, tied)
+            policy = served.policy(folder)
+            with served.unpacked():
+                engine = VllmEngine(CONFIG, str(folder), CPU, [END])
+            engine.sync(policy, 0)
+            made[family, tied] = engine, policy
+        return made[family, tied]
+
+    yield start
+    for engine, _ in made.values():
+        engine.close()
+
+
+@pytest.fixture(params=["qwen3 tied", "qwen3 untied", "llama untied", "qwen2 tied"])
+def pair(request, started):
+    family, head = request.param.split()
+    return started(family, head == "tied")
+
+
+@pytest.fixture
+def one(started):
+    return started("qwen3", True)
+
+
+def addresses(engine):
+    return {name: p.data_ptr() for name, p in engine.model.named_parameters()}
+
+
+def test_fused_parameters_are_written_where_they_lie(pair):
+    engine, policy = pair
+    assert engine.route == "in place"
+    at = addresses(engine)
+    assert any(name.endswith("qkv_proj.weight") for name in at) and any("gate_up_proj" in name for name in at)
+    for version in range(3):
+        asked = requests(6, (0.7, 1.0, 0.0)[version])
+        assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+        perturb(policy, version)
+        assert worst(served.transformers(policy), asked, generate(engine, asked)) > 0.1
+        engine.sync(policy, version + 1)
+        assert addresses(engine) == at
+    assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+
+
+def test_rows_of_the_fused_tensors_are_the_policys_bitwise(one):
+    engine, policy = one
+    engine.sync(policy, 10)
+    mine, theirs = dict(policy.model.named_parameters()), dict(engine.model.named_parameters())
+    for layer in range(2):
+        a = f"model.layers.{layer}.self_attn."
+        assert torch.equal(theirs[a + "qkv_proj.weight"], torch.cat([mine[a + f"{x}_proj.weight"] for x in "qkv"]))
+        m = f"model.layers.{layer}.mlp."
+        fused = torch.cat([mine[m + f"{x}_proj.weight"] for x in ("gate", "up")])
+        assert torch.equal(theirs[m + "gate_up_proj.weight"], fused)
+    padded, embedding = theirs["model.embed_tokens.weight"], mine["model.embed_tokens.weight"]
+    assert len(padded) > served.VOCAB and torch.equal(padded[: served.VOCAB], embedding)
+
+
+def test_restored_weights_restore_the_output_bitwise(pair):
+    engine, policy = pair
+    asked = requests(6)
+    engine.sync(policy, 20)
+    first = generate(engine, asked)
+    before = perturb(policy, 5)
+    engine.sync(policy, 21)
+    other = generate(engine, asked)
+    restore(policy, before)
+    engine.sync(policy, 22)
+    again = generate(engine, asked)
+    assert [a.tokens for a in first] != [a.tokens for a in other]
+    assert [(a.tokens, a.logp) for a in first] == [(a.tokens, a.logp) for a in again]
+
+
+def test_a_forgotten_prefix_cache_reset_would_be_seen(one, monkeypatch):
+    engine, policy = one
+    asked = requests(4, new=2)
+    engine.sync(policy, 30)
+    generate(engine, asked)
+    perturb(policy, 6)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_drop_prefix_cache", lambda: None)
+        engine.sync(policy, 31)
+        assert worst(served.transformers(policy), asked, generate(engine, asked)) > 100 * CLOSE
+    engine.sync(policy, 32)
+    assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+
+
+def test_checksums_find_a_weight_that_did_not_arrive(one):
+    engine, policy = one
+    engine.sync(policy, 40)
+    engine.verify(policy)
+    spoilt = dict(engine.model.named_parameters())["model.layers.1.mlp.gate_up_proj.weight"]
+    value = spoilt[200, 3].item()
+    spoilt.data[200, 3] += 2**-10
+    with pytest.raises(RuntimeError, match=r"1 of \d+ engine tensors differ .*layers.1.mlp.gate_up_proj.weight"):
+        engine.verify(policy)
+    spoilt.data[200, 3] = value
+    engine.verify(policy)
+
+
+def test_the_first_sync_compares_both_sides(tmp_path, monkeypatch):
+    from m2rl_kernels.weight_sync import SyncPlan
+
+    from m2rl.rollout.vllm import VllmEngine
+
+    folder = served.save(tmp_path)
+    policy = served.policy(folder)
+    with served.unpacked():
+        engine = VllmEngine(CONFIG, str(folder), CPU, [END])
+    with monkeypatch.context() as broken:
+        broken.setattr(SyncPlan, "sync", lambda *a, **k: None)  # nothing is written: the engine still holds noise
+        with pytest.raises(RuntimeError, match="engine tensors differ from the policy"):
+            engine.sync(policy, 0)
+    with pytest.raises(RuntimeError, match="no weights yet"):
+        engine.poll()
+    engine.sync(policy, 0)
+    engine.close()
+
+
+def test_storage_that_moved_is_refused(one):
+    """A captured CUDA graph would go on reading the old storage."""
+    engine, policy = one
+    p = dict(engine.model.named_parameters())["model.norm.weight"]
+    kept = p.data
+    p.data = kept.clone()
+    with pytest.raises(RuntimeError, match=r"moved since the plan was built: model\.norm\.weight"):
+        engine.sync(policy, 50)
+    p.data = kept
+    engine.sync(policy, 51)
+
+
+def test_unmapped_weights_are_errors_with_names(one):
+    engine, policy = one
+    weights = dict(policy.model.named_parameters())
+    gone = weights.pop("model.layers.1.self_attn.k_proj.weight")
+    engine.plans.clear()
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.k_proj.weight, which no source has"):
+        engine.load(weights, 60)
+    with pytest.raises(ValueError, match=r"source extra .* has no target"):
+        engine.load(weights | {"model.layers.1.self_attn.k_proj.weight": gone, "extra": gone}, 60)
+    engine.sync(policy, 61)
+
+
+def test_whole_tensors_of_another_dtype_load_as_they_are_rounded(one):
+    """A bfloat16 merge in a sweep: named tensors, never on disk."""
+    engine, policy = one
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    merged = {n: (p * 0.9).bfloat16() for n, p in policy.model.named_parameters()}
+    engine.load(merged, 70)
+    asked = requests(4)
+    answers = generate(engine, asked)
+    for n, p in policy.model.named_parameters():
+        p.copy_(merged[n])
+    assert worst(served.transformers(policy), asked, answers) < CLOSE
+    restore(policy, before)
+    engine.sync(policy, 71)
