@@ -1,154 +1,322 @@
-"""Programs of the model run in a forked child with resource limits and a deadline; its whole process group is killed after."""
+"""Programs of the model run shut in: no network, no processes, no files but the interpreter's libraries, a scratch
+folder that vanishes, and limits on memory, time, output and file size.
+
+    bwrap       a file system of its own (bubblewrap), all namespaces; Landlock inside where the kernel has it
+    namespaces  user, PID, network, IPC and mount namespaces; Landlock closes the file system; a tmpfs as scratch
+    landlock    Landlock alone, for containers that allow no namespaces; no scratch folder
+    trusted     limits alone: files are readable and writable as the user's own. Only on request, and with a warning
+
+Every level has the rlimits and the system-call filter of `seccomp` (trusted: where the machine is known). "auto" is the
+first of the three that passes its own test, which tries to get out; if none does, `choose` refuses.
+
+    Box(level).run(source, stdin=...)      -> Outcome     one child per call, forked from a warm process (about 1 ms)
+    Box(level).run(source, calls=(f, [[args], ...]))
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
 import functools
-import io
 import json
 import os
-import resource
+import platform
 import select
+import shutil
 import signal
+import struct
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-CPU_S = 2
-WALL_S = 4.0
+from m2rl.domains import seccomp
+from m2rl.types import InputError
+
+LEVELS = ("bwrap", "namespaces", "landlock", "trusted")
 MEMORY_BYTES = 1 << 30
-OUTPUT_BYTES = 1 << 20
-FILE_BYTES = 1 << 20
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+FILE_BYTES = 16 << 20
+START_S = 20.0  # for the warm process to answer; a loaded machine takes seconds
+GRACE_S = 2.0  # beyond a program's own deadline before the warm process itself is replaced
+PRELOAD = ("numpy",)  # libraries worth loading before the fork when a program names them
+_SCRATCH = "/scratch"
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_MODULES = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
+            "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing")
+PRELUDE = "".join(f"from {m} import *\nimport {m}\n" for m in _MODULES)
+"""What LeetCode-style problems find imported, and the LiveCodeBench grader provides."""
+
+End = Literal["exit", "error", "timeout", "output", "killed"]
 
 
-@dataclass(slots=True)
-class Result:
-    """What a program computed, test by test, until it ended or was ended."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one child did."""
 
-    outputs: list[Any] = field(default_factory=list)
-    error: str = "no output"
-    timeout: bool = False
-
-
-def call(source: str, name: str, arguments: Sequence[Sequence[Any]]) -> Result:
-    """Define the program once and call its function on every list of arguments, in one child."""
-    return _call(source, name, json.dumps(arguments))
+    end: End  # exit; error: uncaught exception; timeout; output: more than 8 MiB; killed: by a signal
+    out: str  # its stdout
+    results: tuple[Any, ...]  # of calls that returned, in order
+    detail: str  # the exception, if any
 
 
-@functools.lru_cache(4096)  # the samples of a group often write the same program
-def _call(source: str, name: str, arguments: str) -> Result:
-    def child(out: int) -> None:
-        namespace: dict[str, Any] = {"__name__": "__main__"}
-        with os.fdopen(out, "w") as pipe:
+class BoxDied(RuntimeError):
+    """The warm process ended or hung; it has been replaced."""
+
+
+def choose(level: str = "auto") -> str:
+    """The level that will be used; InputError if it, or for "auto" any, cannot be had here."""
+    if level != "auto" and level not in LEVELS:
+        raise InputError(f"sandbox must be auto or one of {', '.join(LEVELS)}, got {level!r}")
+    if level == "trusted":
+        return level
+    reasons = []
+    for name in LEVELS[:3] if level == "auto" else (level,):
+        reason = probe(name)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    tried = "; ".join(reasons)
+    raise InputError(f"no isolation for programs of the model on this machine ({tried}). Install bubblewrap, "
+                     "allow user namespaces or Landlock, or set rollout.sandbox to trusted to run them without")
+
+
+@functools.cache
+def probe(level: str) -> str | None:
+    """None if a program at this level runs and cannot get out, else the reason. Tried once per process."""
+    with tempfile.TemporaryDirectory(prefix="m2rl-probe-") as folder:
+        secret = Path(folder, "secret")
+        secret.write_text("secret")
+        try:
+            with Box(level) as box:
+                outcome = box.run(_ESCAPES, stdin=json.dumps([str(secret), str(Path(folder, "new")), str(_CHILD)]))
+        except (OSError, BoxDied, ValueError) as error:
+            return str(error)
+        if outcome.end != "exit" or outcome.out != "shut in":
+            return f"its self-test failed: {outcome.out or outcome.detail or outcome.end}"
+        return "it let a program write outside" if Path(folder, "new").exists() else None
+
+
+_ESCAPES = """
+import json, os, socket, sys
+secret, new, project = json.load(sys.stdin)
+def read(): open(secret).read()
+def read_project(): open(project).read()
+def write(): open(new, "w")
+def network(): socket.socket().connect(("127.0.0.1", 9))
+def fork(): os.fork()
+def run(): os.execv(sys.executable, ["python", "-c", ""])
+def signal(): os.kill(os.getppid() or 1, 0)
+for attempt in (read, read_project, write, network, fork, run, signal):
+    try:
+        attempt()
+    except ConnectionError:
+        print("it reaches the network", end="")
+        break
+    except OSError:
+        continue
+    print("it lets a program", attempt.__name__, end="")
+    break
+else:
+    print("shut in", end="")
+"""
+
+
+def _readable() -> list[str]:
+    """What the interpreter and its installed libraries need: not /etc, not the project, not the home."""
+    paths = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", _python(),
+             *(str(Path(sys.base_prefix, name)) for name in ("lib", "lib64")),
+             *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib")), *_packages()}
+    return sorted(p for p in paths if os.path.exists(p))
+
+
+def _python() -> str:
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _packages() -> list[str]:
+    return list(dict.fromkeys(sysconfig.get_paths()[key] for key in ("purelib", "platlib")))
+
+
+def _bwrap(readable: Sequence[str]) -> list[str]:
+    program = shutil.which("bwrap")
+    if program is None:
+        raise OSError("bubblewrap (bwrap) is not installed")
+    command = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv",
+               "--hostname", "sandbox"]
+    for key, value in _environment(_SCRATCH).items():
+        command += ["--setenv", key, value]
+    command += ["--size", str(64 << 20), "--tmpfs", _SCRATCH]
+    for path in readable:  # sorted: a folder comes before what lies in it
+        command += ["--symlink", os.readlink(path), path] if path in ("/lib", "/lib64") and os.path.islink(path) else [
+            "--ro-bind", path, path]
+    for device in _DEVICES:
+        command += ["--dev-bind", device, device]
+    return [*command, "--remount-ro", "/", "--chdir", _SCRATCH]
+
+
+def _environment(home: str) -> dict[str, str]:
+    return {"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1",
+            "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class Box:
+    """A warm process at one level. OSError if it does not start; used by one thread at a time."""
+
+    def __init__(self, level: str):
+        if level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+        self.level = level
+        self.owner = os.getpid()
+        self._start()
+
+    def __enter__(self) -> Box:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        readable, level = _readable(), self.level
+        scratch = {"bwrap": _SCRATCH, "namespaces": _mount_point(readable)}.get(level, "")
+        machine = platform.machine()
+        known = level != "trusted" or machine in seccomp.machines()
+        code, pid_offsets = seccomp.program(machine) if known else (b"", [])
+        config = {"level": level, "namespaces": level == "namespaces", "readable": readable, "devices": _DEVICES,
+                  "landlock": {"bwrap": "optional", "trusted": ""}.get(level, "required"), "scratch": scratch,
+                  "filter": code.hex(), "pid_offsets": pid_offsets, "packages": _packages(), "prelude_source": PRELUDE,
+                  "memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES,
+                  "parent": 0 if level == "bwrap" else os.getpid()}
+        inside = _bwrap(readable) if level == "bwrap" else []
+        command = [*inside, _python(), "-s", "-S", "-P", "-c", _CHILD.read_text(), json.dumps(config)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=_environment(scratch or "/"), cwd="/", bufsize=0)
+        try:
+            ready, _ = self._receive(time.monotonic() + START_S)
+        except BoxDied:
+            self.process.kill()
+            text = self.process.stderr.read().decode("utf-8", "replace").strip()  # type: ignore[union-attr]
+            self.close()
+            raise OSError(text.splitlines()[-1][:300] if text else f"no answer within {START_S:g} s") from None
+        if not ready.get("ready"):
+            self.close()
+            raise OSError(str(ready.get("error")))
+
+    def run(self, source: str, stdin: str | None = None, calls: tuple[str, Sequence[Sequence[Any]]] | None = None, *,
+            cpu_s: float = 4.0, wall_s: float = 8.0, call_s: float | None = None, prelude: bool = False) -> Outcome:
+        """Run a program once. `calls` = (function or method of Solution, argument lists): results instead of stdout.
+
+        cpu_s bounds processor time (rounded up to seconds), wall_s all of it, call_s the wall time of one call. BoxDied
+        if the warm process ended under it: it has been replaced, and the program may be tried again.
+        """
+        feed = (stdin or "").encode("utf-8", "surrogatepass")
+        request = {"source": source, "stdin_bytes": len(feed), "cpu_s": cpu_s, "wall_s": wall_s, "prelude": prelude,
+                   "call_s": call_s or wall_s, "preload": [m for m in PRELOAD if m in source]}
+        if calls is not None:
+            request |= {"name": calls[0], "arguments": calls[1]}
+        text = json.dumps(request).encode()
+        deadline = time.monotonic() + wall_s + GRACE_S
+        try:
+            self._send(struct.pack("=I", len(text)) + text + feed, deadline)
+            header, body = self._receive(deadline)
+        except BoxDied:
+            self.close()
+            self._start()
+            raise
+        out, report = body[: header["out"]], body[header["out"]:]
+        return _outcome(header["end"], out, report)
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        pipe, rest = self.process.stdin.fileno(), memoryview(data)  # type: ignore[union-attr]
+        os.set_blocking(pipe, False)
+        while rest:
+            if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
+                raise BoxDied("the sandbox's warm process does not read")
             try:
-                exec(compile(source, "program.py", "exec"), namespace)
-                function = namespace[name] if name in namespace else getattr(namespace["Solution"](), name)
-                for args in json.loads(arguments):
-                    pipe.write(json.dumps({"output": function(*args)}) + "\n")
-            except BaseException as error:
-                pipe.write(json.dumps({"error": f"{type(error).__name__}: {error}"[:200]}) + "\n")
+                rest = rest[os.write(pipe, rest):]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise BoxDied(f"the sandbox's warm process ended ({error})") from None
 
-    data, timeout = _in_child(child, b"")
-    result = Result(timeout=timeout, error="ran out of time" if timeout else "no output")
-    for line in data.decode("utf-8", "replace").splitlines():
+    def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
+        size = struct.unpack("=I", self._read(4, deadline))[0]
+        if size > 1 << 16:
+            raise BoxDied("the sandbox's warm process answers nonsense")
+        header = json.loads(self._read(size, deadline))
+        return header, self._read(header.get("out", 0) + header.get("report", 0), deadline)
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        pipe, data = self.process.stdout.fileno(), bytearray()  # type: ignore[union-attr]
+        while len(data) < size:
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise BoxDied("the sandbox's warm process did not answer in time")
+            chunk = os.read(pipe, size - len(data))
+            if not chunk:
+                raise BoxDied("the sandbox's warm process ended")
+            data += chunk
+        return bytes(data)
+
+    def close(self) -> None:
+        """End the warm process, and by its namespaces or the kernel's parent-death signal everything it started."""
+        if os.getpid() != self.owner:  # a fork of the owner must not end what it does not own
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def _mount_point(readable: Sequence[str]) -> str:
+    """A folder that a tmpfs may cover in the program's own mount namespace: nothing it reads lies below."""
+    for folder in ("/mnt", "/media", "/srv", "/var/tmp", "/tmp"):
+        if os.path.isdir(folder) and not any(f"{p}/".startswith(f"{folder}/") for p in readable):
+            return folder
+    return ""
+
+
+def _outcome(end: End, out: bytes, report: bytes) -> Outcome:
+    results, detail = [], ""
+    for line in report.splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # the program wrote into the report, or ended within a line
+            break
+        if not isinstance(record, dict):
             break
         if "output" in record:
-            result.outputs.append(record["output"])
+            results.append(record["output"])
         else:
-            result.error = str(record.get("error"))
-    return result
+            detail = str(record.get("error"))[:300]
+    return Outcome(end, out.decode("utf-8", "surrogateescape"), tuple(results), detail)
 
 
-def run(source: str, inputs: Sequence[str], expected: Sequence[str]) -> Result:
-    """Run the program once per stdin text; stops at the first output that is not the expected one."""
-    result = Result()
-    for text, want in zip(inputs, expected):
-        def child(out: int) -> None:
-            os.dup2(out, 1)
-            sys.stdin = io.TextIOWrapper(os.fdopen(0, "rb"), encoding="utf-8")
-            sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb"), encoding="utf-8", write_through=False)
-            try:
-                exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-            finally:
-                sys.stdout.flush()
+# ---- this process's box ----------------------------------------------------------------------------------------------
 
-        data, timeout = _in_child(child, text.encode())
-        if timeout:
-            result.timeout, result.error = True, "ran out of time"
-            break
-        result.outputs.append(data.decode("utf-8", "replace"))
-        if not same_text(result.outputs[-1], want):
-            break
-    return result
+_settings = {"level": "auto"}
+_box: Box | None = None
 
 
-def same_text(got: str, want: str) -> bool:
-    """Equal line by line, trailing blanks and blank end lines aside."""
-    return [line.rstrip() for line in got.rstrip().split("\n")] == [line.rstrip() for line in want.rstrip().split("\n")]
+def use(level: str) -> None:
+    """The level that `box` has from now on; "auto" chooses at its first use."""
+    global _box
+    if _box is not None and _settings["level"] != level:
+        _box.close()
+        _box = None
+    _settings["level"] = level
 
 
-def _in_child(work, stdin: bytes) -> tuple[bytes, bool]:
-    """Run `work(pipe)` in a limited child of its own process group; its pipe's bytes and whether it ran out of time."""
-    read, write = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="m2rl-") as folder, tempfile.TemporaryFile() as feed:
-        feed.write(stdin)
-        feed.seek(0)
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                os.close(read)
-                _limit(folder, feed.fileno())
-                work(write)
-                status = 0
-            except BaseException:
-                pass
-            finally:
-                with contextlib.suppress(BaseException):
-                    sys.stdout.flush()
-                os._exit(status)
-        os.close(write)
-        data, deadline, timeout = bytearray(), time.monotonic() + WALL_S, False
-        while len(data) < OUTPUT_BYTES:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([read], [], [], left)[0]:
-                timeout = True
-                break
-            chunk = os.read(read, 65536)
-            if not chunk:
-                break
-            data += chunk
-        os.close(read)
-        for kill in (lambda: os.killpg(pid, signal.SIGKILL), lambda: os.kill(pid, signal.SIGKILL)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill()
-        _, status = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-            timeout = True
-    return bytes(data), timeout
-
-
-def _limit(folder: str, stdin: int) -> None:
-    os.setsid()
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(stdin, 0)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    os.chdir(folder)
-    for number in range(1, signal.NSIG):
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_DFL)
-    for limit, value in ((resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, FILE_BYTES),
-                         (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (value, value))
+def box() -> Box:
+    """The one box of this process, started at its first use."""
+    global _box
+    if _box is None or _box.owner != os.getpid():
+        _box = Box(choose(_settings["level"]))
+        atexit.register(_box.close)
+    return _box

@@ -1,0 +1,379 @@
+"""The far side of the sandbox: a warm process that closes itself in, then forks one limited child per program.
+
+Runs as `python -s -S -P -c <this file>` and imports nothing but the standard library. Requests come on fd 0, answers go
+to fd 1, each a length and JSON (followed by the bytes a program wrote). It learns sources and inputs, never an expected
+output.
+
+    request  {"source", "stdin" | "name" + "arguments", "prelude", "cpu_s", "wall_s", "call_s"}
+    answer   {"end": exit | error | timeout | output | killed, "out": bytes of stdout, "report": bytes of fd 3}
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+
+OUTPUT_BYTES = 8 << 20  # of stdout, and of the results of calls
+PIPE_BYTES = 1 << 20
+STACK_BYTES = 256 << 20
+OPEN_FILES = 64
+WARM = ("array", "atexit", "bisect", "cmath", "collections", "copy", "datetime", "decimal", "enum", "fractions",
+        "functools", "heapq", "io", "itertools", "math", "numbers", "operator", "queue", "random", "re", "statistics",
+        "string", "threading", "types", "typing")
+
+# ---- closing in ------------------------------------------------------------------------------------------------------
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
+
+
+def check(result, what):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def enter_namespaces(scratch):
+    """User, mount, network, IPC, host-name and PID namespaces, a small tmpfs on `scratch`; returns in a new pid 1."""
+    uid, gid = os.getuid(), os.getgid()
+    check(LIBC.unshare(NEW_USER | NEW_NS | NEW_NET | NEW_IPC | NEW_UTS | NEW_PID), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    check(LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount /")
+    check(LIBC.mount(b"tmpfs", scratch.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
+                     b"size=64m,nr_inodes=4096,mode=0700"), f"mount tmpfs on {scratch}")
+    inner = os.fork()
+    if inner:  # stays outside only to end with, and to end, the pid namespace
+        for fd in (0, 1):
+            os.close(fd)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]) & 0xFF)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def drop_capabilities():
+    header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+    check(LIBC.capset(header, none), "capset")
+
+
+def restrict_files(readable, devices, scratch):
+    """Landlock: read below `readable`, use `devices`, write below `scratch`; no TCP, no signal to outside."""
+    abi = check(LIBC.syscall(444, None, ctypes.c_size_t(0), 1), "landlock")
+    files = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1  # + REFER, TRUNCATE, IOCTL_DEV
+    ruleset = struct.pack("=Q", files)
+    if abi >= 4:
+        ruleset += struct.pack("=Q", 3)  # bind, connect
+    if abi >= 6:
+        ruleset += struct.pack("=Q", 3)  # abstract sockets, signals
+    rules = check(LIBC.syscall(444, ruleset, ctypes.c_size_t(len(ruleset)), 0), "landlock_create_ruleset")
+    execute, write_file, read_file, read_dir = 1, 2, 4, 8
+    for access, paths in ((execute | read_file | read_dir, readable), (read_file | write_file, devices),
+                          (files & ~execute, [scratch] if scratch else [])):
+        for path in paths:
+            try:
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue
+            only_file = access & (execute | write_file | read_file)
+            rule = struct.pack("=Qi", access if os.path.isdir(path) else only_file, fd)
+            check(LIBC.syscall(445, rules, 1, rule, 0), f"landlock_add_rule {path}")
+            os.close(fd)
+    check(LIBC.syscall(446, rules, 0), "landlock_restrict_self")
+    os.close(rules)
+
+
+class SockFprog(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+
+def filter_calls(program, pid_offsets):
+    """Install the BPF program, its own pid filled in; lasts until the process ends."""
+    code = bytearray(program)
+    for offset in pid_offsets:
+        struct.pack_into("=I", code, offset, os.getpid())
+    buffer = (ctypes.c_char * len(code)).from_buffer(code)
+    fprog = SockFprog(len(code) // 8, ctypes.addressof(buffer))
+    check(LIBC.prctl(PR_SET_SECCOMP, 2, ctypes.byref(fprog), 0, 0), "seccomp")
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------
+
+
+def limit(request, config):
+    os.setsid()
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    cpu_s = max(1, int(request["cpu_s"] + 0.999))
+    for which, value in ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, config["memory_bytes"]),
+                         (resource.RLIMIT_FSIZE, config["file_bytes"]), (resource.RLIMIT_NOFILE, OPEN_FILES),
+                         (resource.RLIMIT_STACK, STACK_BYTES), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_MEMLOCK, 0)):
+        hard = resource.getrlimit(which)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (value, value))
+    if config["filter"]:
+        filter_calls(config["filter"], config["pid_offsets"])
+
+
+def run_program(request, config, start_directory):
+    """In the child: fds 0 stdin, 1 stdout, 2 null, 3 report. Never returns."""
+    status = 1
+    try:
+        os.chdir(start_directory)
+        limit(request, config)
+        sys.set_int_max_str_digits(0)
+        for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+            setattr(sys, name, open(fd, mode, 1 << 16, encoding="utf-8", errors="surrogateescape", closefd=False))  # noqa: SIM115
+        vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
+        sys.argv = ["program.py"]
+        main = type(sys)("__main__")
+        sys.modules["__main__"] = main
+        space = main.__dict__
+        if request["prelude"]:
+            space.update(config["prelude"])
+            sys.setrecursionlimit(50_000)
+        space["__file__"] = "program.py"
+        name, arguments = request.get("name"), request.get("arguments")
+        try:
+            code = compile(request["source"], "program.py", "exec", dont_inherit=True)
+            if name is None:
+                exec(code, space)
+                threading._shutdown()  # type: ignore[attr-defined]
+            else:
+                call_all(code, space, name, arguments)
+        finally:
+            if name is None:
+                import atexit
+
+                atexit._run_exitfuncs()
+        status = 0
+    except SystemExit:
+        status = 0
+    except BaseException as error:
+        os.write(3, json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}).encode() + b"\n")
+    finally:
+        try:
+            for name in ("stdout", "__stdout__"):
+                getattr(sys, name).flush()
+        finally:
+            os._exit(status)
+
+
+def call_all(code, space, name, arguments):
+    exec(code, space)
+    if name in space:
+        function = space[name]
+    else:
+        function = getattr(space["Solution"](), name)
+    for args in arguments:
+        line = json.dumps({"output": function(*args)}, default=plain).encode() + b"\n"
+        while line:
+            line = line[os.write(3, line):]
+
+
+def plain(value):
+    """numpy scalars and arrays as numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a result of type {type(value).__name__} is not JSON")
+
+
+# ---- the warm process ------------------------------------------------------------------------------------------------
+
+
+def serve(config):
+    source, sink = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.set_blocking(source, True)
+    for name in WARM:
+        __import__(name)
+    import random
+
+    random.seed(0)  # every program draws the same numbers every time: a verdict repeats
+    if config["prelude_source"]:
+        space: dict = {}
+        exec(config["prelude_source"], space)
+        del space["__builtins__"]
+        config["prelude"] = space
+    gc.collect()
+    gc.freeze()
+    send(sink, {"ready": True}, ())
+    while True:
+        header = read_exactly(source, 4)
+        request = json.loads(read_exactly(source, struct.unpack("=I", header)[0]))
+        stdin = read_exactly(source, request["stdin_bytes"])
+        for module in request["preload"]:
+            preload(module)
+        end, out, report = run(request, stdin, config)
+        send(sink, {"end": end, "out": len(out), "report": len(report)}, (out, report))
+        if config["scratch"]:
+            sweep(config["scratch"])
+
+
+def preload(module):
+    """Import a slow library once here, so that every program that wants it finds it loaded."""
+    if module not in sys.modules:
+        try:
+            __import__(module)
+        except Exception:
+            sys.modules[module] = None  # type: ignore[assignment]
+        gc.collect()
+        gc.freeze()
+
+
+def run(request, stdin, config):
+    """(how it ended, its stdout, its report) of one program in one child."""
+    feed = os.memfd_create("stdin")
+    with open(feed, "wb", closefd=False) as file:
+        file.write(stdin)
+    os.lseek(feed, 0, os.SEEK_SET)
+    out, out_end = os.pipe()
+    report, report_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # the ends may have the numbers they are to get: move them out of the way first
+            ends = (feed, out_end, os.open(os.devnull, os.O_RDWR), report_end)
+            high = [os.dup2(fd, 200 + i) for i, fd in enumerate(ends)]
+            for fd, wanted in zip(high, (0, 1, 2, 3)):
+                os.dup2(fd, wanted, inheritable=True)
+            os.closerange(4, 256)
+            run_program(request, config, config["scratch"] or "/")
+        finally:
+            os._exit(1)
+    for fd in (feed, out_end, report_end):
+        os.close(fd)
+    end, data = watch(pid, out, report, request)
+    os.close(out)
+    os.close(report)
+    return end, data[out], data[report]
+
+
+def watch(pid, out, report, request):
+    """Read what a child writes until it ends, or end it: at its deadline, or at too much output."""
+    began = time.monotonic()
+    deadline = began + request["wall_s"]
+    data = {out: bytearray(), report: bytearray()}
+    poll, open_ends, end = select.poll(), {out, report}, None
+    for fd in open_ends:
+        poll.register(fd, select.POLLIN)
+    call_deadline = began + request["call_s"]
+    while open_ends:
+        left = min(deadline, call_deadline) - time.monotonic()
+        if left <= 0:
+            end = "timeout"
+            break
+        for fd, _ in poll.poll(left * 1000 + 1):
+            chunk = os.read(fd, 1 << 18)
+            if not chunk:
+                poll.unregister(fd)
+                open_ends.discard(fd)
+            data[fd] += chunk
+            if fd == report:
+                call_deadline = time.monotonic() + request["call_s"]
+        if len(data[out]) > OUTPUT_BYTES or len(data[report]) > OUTPUT_BYTES:
+            end = "output"
+            break
+    if end is None:  # both ends are closed, which a program can do long before it ends
+        end = reap_until(pid, deadline)
+    kill(pid)
+    try:
+        _, status, usage = os.wait4(pid, 0)
+    except ChildProcessError:
+        return end or "killed", data
+    if isinstance(end, str):
+        return end, data
+    if os.WIFSIGNALED(status):
+        spent = usage.ru_utime + usage.ru_stime
+        by_limit = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) and spent >= request["cpu_s"] - 0.1
+        return "timeout" if by_limit else "killed", data
+    return "exit" if os.WEXITSTATUS(status) == 0 else "error", data
+
+
+def reap_until(pid, deadline):
+    """Wait for the end without reaping: "timeout" if it does not come."""
+    handle = os.pidfd_open(pid)
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        return None if select.select([handle], [], [], left)[0] else "timeout"
+    finally:
+        os.close(handle)
+
+
+def kill(pid):
+    for send_signal in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            send_signal(pid, signal.SIGKILL)
+
+
+def sweep(scratch):
+    """Remove what a program left; what cannot be removed ends this process, and the tmpfs with it."""
+    if os.listdir(scratch):
+        import shutil
+
+        for entry in os.scandir(scratch):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def read_exactly(fd, size):
+    data = bytearray()
+    while len(data) < size:
+        chunk = os.read(fd, min(size - len(data), 1 << 20))
+        if not chunk:
+            os._exit(0)
+        data += chunk
+    return bytes(data)
+
+
+def send(fd, header, bodies):
+    text = json.dumps(header).encode()
+    data = memoryview(struct.pack("=I", len(text)) + text + b"".join(bodies))
+    while data:
+        data = data[os.write(fd, data):]
+
+
+def main():
+    config = json.loads(sys.argv[1])
+    config["filter"] = bytes.fromhex(config["filter"])
+    config["prelude"] = {}
+    sys.path += config["packages"]
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if config["parent"] and os.getppid() != config["parent"]:
+        os._exit(0)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    try:
+        if config["namespaces"]:
+            enter_namespaces(config["scratch"])
+        check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        if config["level"] != "trusted":
+            check(LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable")
+        if config["landlock"]:
+            try:
+                restrict_files(config["readable"], config["devices"], config["scratch"])
+            except OSError:
+                if config["landlock"] == "required":
+                    raise
+        if config["namespaces"]:
+            drop_capabilities()
+        if config["scratch"]:
+            os.chdir(config["scratch"])
+    except OSError as error:
+        send(1, {"ready": False, "error": str(error)}, ())
+        os._exit(1)
+    serve(config)
+
+
+if __name__ == "__main__":
+    main()
