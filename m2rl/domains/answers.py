@@ -1,38 +1,49 @@
-"""Where a final answer stands in a response: the last \\boxed{...}, else what follows the last line-leading "Answer:"."""
+"""Where a final answer stands in a response: the last \\boxed{...}, else what follows the last "Answer:".
+
+Every function is linear in the text: a response may be 100k tokens of anything.
+"""
 
 from __future__ import annotations
 
 import re
 
-_ANSWER_LINE = re.compile(r"^[\s*_#>-]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[\s*_]*:[\s*_]*(.*?)[\s*_]*$", re.IGNORECASE | re.MULTILINE)
+MAX_BOX_CHARS = 4096
+_BOX = re.compile(r"\\f?boxed\s{0,4}\{")
+_ANSWER = re.compile(r"\banswer\b[ \t*_]{0,8}(?:is[ \t*_]{0,8})?[:：][ \t*_]{0,8}", re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete \\boxed{...} or \\fbox{...}, braces balanced."""
-    end = len(text)
-    while (start := max(text.rfind("\\boxed{", 0, end), text.rfind("\\fbox{", 0, end))) >= 0:
-        opening = text.index("{", start)
-        depth = 0
-        for i in range(opening, len(text)):
-            if text[i] == "{":
+    """The content of the last complete \\boxed{...} or \\fbox{...}, braces balanced, at most MAX_BOX_CHARS long."""
+    for found in reversed([m.end() for m in _BOX.finditer(text)][-16:]):
+        depth, i, end = 1, found, min(len(text), found + MAX_BOX_CHARS)
+        while i < end:
+            c = text[i]
+            if c == "\\":
+                i += 1  # an escaped brace
+            elif c == "{":
                 depth += 1
-            elif text[i] == "}":
+            elif c == "}":
                 depth -= 1
                 if depth == 0:
-                    return text[opening + 1 : i]
-        end = start
+                    return text[found:i]
+            i += 1
     return None
 
 
 def last_answer_line(text: str) -> str | None:
-    """What follows "Answer:" on the last line that begins so."""
-    found = _ANSWER_LINE.findall(text)
-    return found[-1] if found else None
+    """What follows the last "Answer:" ("The final answer is: ", "**Answer:**" ...) on its line, or on the next one."""
+    last = None
+    for last in _ANSWER.finditer(text):  # noqa: B007
+        pass
+    if last is None:
+        return None
+    rest = text[last.end() : last.end() + MAX_BOX_CHARS].lstrip("*_ \t")
+    return rest.lstrip().partition("\n")[0].strip(" \t\r*_")
 
 
 def final_answer(text: str) -> str | None:
+    """The last box, else the last answer line; None if there is neither, or nothing in it."""
     boxed = last_boxed(text)
     if boxed is None:
-        line = last_answer_line(text)
-        return line or None
+        return last_answer_line(text) or None
     return boxed
