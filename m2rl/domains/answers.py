@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 MAX_BOX_CHARS = 4096
-_BOX = re.compile(r"\\f?boxed\s{0,4}\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
 _ANSWER = re.compile(r"\banswer\b[ \t*_]{0,8}(?:is[ \t*_]{0,8})?[:：][ \t*_]{0,8}", re.IGNORECASE)
 
 
