@@ -9,7 +9,6 @@ they fail with ENOSYS, and libc falls back to clone and openat.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 _ALLOWED = """
 read 0 63  write 1 64  close 3 57  lseek 8 62  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  mremap 25 216
@@ -38,7 +37,7 @@ restart_syscall 219 128  exit 60 93  exit_group 231 94  wait4 61 260  waitid 247
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _EPERM, _ENOSYS = 1, 38
-_LOAD, _EQUAL, _SET, _AND, _RETURN = 0x20, 0x15, 0x45, 0x54, 0x06  # ld abs, jeq, jset, and, ret
+_LOAD, _EQUAL, _AT_LEAST, _SET, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06  # ld abs, jeq, jge, jset, and, ret
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _CLONE_THREAD = 0x00010000
 _TRUNCATES_READ_ONLY, _MODE_AND_TRUNCATE = 0o1000, 0o1003  # O_RDONLY | O_TRUNC: a write that needs no write access
@@ -48,6 +47,10 @@ _CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None), "openat": (257, 56), "clone3": (435, 435), "openat2": (437, 437)}
 
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
+_OWN_PID = -1  # stands for the constant that the filtered process fills in
+_PERMIT: Instruction = (_RETURN, 0, 0, _ALLOW)
+_REFUSE: Instruction = (_RETURN, 0, 0, _ERRNO | _EPERM)
+_UNKNOWN: Instruction = (_RETURN, 0, 0, _ERRNO | _ENOSYS)
 
 
 def machines() -> tuple[str, ...]:
@@ -59,43 +62,44 @@ def program(machine: str) -> tuple[bytes, list[int]]:
     machine whose system-call numbers are not known."""
     if machine not in _AUDIT:
         raise ValueError(f"no system-call table for {machine} (there are: {', '.join(_AUDIT)})")
-    code = list(_instructions(machine))
+    code = _instructions(machine)
     packed = b"".join(struct.pack("=HBBI", *i[:3], max(i[3], 0)) for i in code)
     return packed, [8 * n + 4 for n, i in enumerate(code) if i[3] == _OWN_PID]
 
 
-_OWN_PID = -1
-
-
-def _instructions(machine: str) -> Iterator[Instruction]:
+def _instructions(machine: str) -> list[Instruction]:
+    """A binary search over the system-call number: the kernel tries the filter on every number when it is installed,
+    which with a linear one took 0.6 ms, with this one 0.3, where the whole child takes 2 to 3."""
     column = list(_AUDIT).index(machine)
     words = _ALLOWED.split()
-    numbers = {words[i]: words[i + 1 + column] for i in range(0, len(words), 3)}
-    special = {name: pair[column] for name, pair in _CONDITIONAL.items()}
-    yield _LOAD, 0, 0, _ARCH
-    yield _EQUAL, 1, 0, _AUDIT[machine]
-    yield _RETURN, 0, 0, _KILL_PROCESS
-    yield _LOAD, 0, 0, _NUMBER
-    for number in numbers.values():
-        if number != "-":
-            yield _EQUAL, 0, 1, int(number)
-            yield _RETURN, 0, 0, _ALLOW
-    reads = ((_AND, 0, 0, _MODE_AND_TRUNCATE), (_EQUAL, 1, 0, _TRUNCATES_READ_ONLY))
-    for name, argument, test in (
-            ("clone", 0, [(_SET, 0, 1, _CLONE_THREAD)]), ("kill", 0, [(_EQUAL, 0, 1, _OWN_PID)]),
-            ("tgkill", 0, [(_EQUAL, 0, 1, _OWN_PID)]), ("prlimit64", 0, [(_EQUAL, 0, 1, 0)]),
-            ("socketpair", 0, [(_EQUAL, 0, 1, 1)]),  # AF_UNIX: asyncio's own wake-up pipe
-            ("open", 1, reads), ("openat", 2, reads)):
-        if (own := special[name]) is not None:
-            yield from _when(own, argument, *test)
-    for name in ("clone3", "openat2"):
-        yield _EQUAL, 0, 1, special[name] or 0
-        yield _RETURN, 0, 0, _ERRNO | _ENOSYS
-    yield _RETURN, 0, 0, _ERRNO | _EPERM
+    action: dict[int, list[Instruction]] = {
+        int(words[i + 1 + column]): [_PERMIT] for i in range(0, len(words), 3) if words[i + 1 + column] != "-"}
+    reads = [(_AND, 0, 0, _MODE_AND_TRUNCATE), (_EQUAL, 1, 0, _TRUNCATES_READ_ONLY)]
+    for name, body in {
+            "clone": _when(0, [(_SET, 0, 1, _CLONE_THREAD)]), "kill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]),
+            "tgkill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]), "prlimit64": _when(0, [(_EQUAL, 0, 1, 0)]),
+            "socketpair": _when(0, [(_EQUAL, 0, 1, 1)]),  # AF_UNIX: asyncio's own wake-up pipe
+            "open": _when(1, reads), "openat": _when(2, reads),
+            "clone3": [_UNKNOWN], "openat2": [_UNKNOWN]}.items():
+        if (number := _CONDITIONAL[name][column]) is not None:
+            action[number] = body
+    segments = [(0, action.get(0, [_REFUSE]))]  # (first number, what to do from it on)
+    for number in sorted({n for a in action for n in (a, a + 1)} - {0}):
+        body = action.get(number, [_REFUSE])
+        if body is not segments[-1][1] and body != segments[-1][1]:
+            segments.append((number, body))
+    return [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL_PROCESS),
+            (_LOAD, 0, 0, _NUMBER), *_search(segments)]
 
 
-def _when(number: int, argument: int, *test: Instruction) -> list[Instruction]:
-    """Allow one call if the test on the low 32 bits of an argument falls through to the next instruction."""
-    body: list[Instruction] = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *test, (_RETURN, 0, 0, _ALLOW),
-                               (_RETURN, 0, 0, _ERRNO | _EPERM)]
-    return [(_EQUAL, 0, len(body), number), *body]
+def _search(segments: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
+    if len(segments) == 1:
+        return segments[0][1]
+    middle = len(segments) // 2
+    low, high = _search(segments[:middle]), _search(segments[middle:])
+    return [(_AT_LEAST, len(low), 0, segments[middle][0]), *low, *high]
+
+
+def _when(argument: int, test: list[Instruction]) -> list[Instruction]:
+    """Allow a call if the test on the low 32 bits of an argument falls through to the next instruction, else EPERM."""
+    return [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *test, _PERMIT, _REFUSE]
