@@ -36,9 +36,13 @@ def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 
     A ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton.
     """
     _check(logits_NV, targets_N, temperature)
-    small = not logits_NV.is_cuda and logits_NV.shape[1] <= SMALL_VOCAB
-    if small or logits_NV.dtype == torch.float64:
+    if logits_NV.dtype == torch.float64:
         return token_logprob_ref(logits_NV, targets_N, temperature, return_entropy)
+    if not logits_NV.is_cuda and logits_NV.shape[1] <= SMALL_VOCAB:
+        z_NV = logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
+        logp_NV = z_NV.log_softmax(-1)
+        logp_N = logp_NV.gather(1, targets_N.long()[:, None])[:, 0]
+        return (logp_N, -(logp_NV.exp() * logp_NV).sum(-1)) if return_entropy else logp_N
     logp_N, entropy_N, _ = token_logprob_fwd(logits_NV, targets_N, float(temperature), return_entropy)
     return (logp_N, entropy_N) if return_entropy else logp_N
 
