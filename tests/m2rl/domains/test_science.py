@@ -1,4 +1,4 @@
-"""Science: the option a response ends on, by a strict grammar; adversarial prose; the reference's loose rule beside it."""
+"""Science: the option a response ends on, by a strict grammar; adversarial prose; the reference's rule beside it."""
 
 import random
 
@@ -101,8 +101,9 @@ def test_an_option_may_be_named_by_its_text(response, expected):
     assert letter(response) == expected
 
 
-HEDGES = ["A or B", "A, B", "A/B", "A and B", "A-B", "A; B", "A B", "(A)(B)", "A. B", "A) B", "not A", "A (or B)", "B) 0 km",
-          "A, or perhaps D", "any", "E", "A 1 km", "AB", "one of A, B, C, D"]  # fmt: skip
+HEDGES = """
+A or B|A, B|A/B|A and B|A-B|A; B|A B|(A)(B)|A. B|A) B|not A|A (or B)|B) 0 km|A, or perhaps D|any|E|A 1 km|AB|one of A, B, C, D
+""".strip().split("|")
 
 
 @pytest.mark.parametrize("hedge", HEDGES)
