@@ -91,6 +91,8 @@ class Rollout:
     """vLLM: neighbouring ranks that share one engine. 1 = every rank holds a whole one."""
     kv_cache_gib: float = 1.0
     """vLLM: GiB of key/value cache per rank, fixed in bytes. `--dry-run` shows what it can hold."""
+    park_optimizer: bool = False
+    """vLLM on a GPU: Adam's moments wait in host memory during rollouts, 8 bytes per parameter more for the cache."""
     stall_timeout_s: float = 600.0
     """vLLM: a rank whose engine generates no token for so long prints its stacks and ends; the run can be resumed."""
     dynamic_sampling_rounds: int = 0
@@ -239,6 +241,7 @@ RESUME_MAY_CHANGE = {
     "rollout.verifier_workers",
     "rollout.max_sequences",
     "rollout.kv_cache_gib",
+    "rollout.park_optimizer",
     "rollout.stall_timeout_s",
 }
 

@@ -13,6 +13,7 @@ key.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,7 +21,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from m2rl.policy import Policy, load_model, shard
 from m2rl.rollout.carry import CarryOver
 from m2rl.rollout.collect import collect
 from m2rl.rollout.engine import Engine, Request, generate, sample_seed
+from m2rl.rollout.memory import Parked, park
 from m2rl.rollout.native import NativeEngine
 from m2rl.rollout.sharing import Sharing
 from m2rl.telemetry import Energy, Phases, memory_gib, mfu
@@ -330,12 +332,12 @@ class Run:
         objective = PolicyGradient(c.objective)
         with VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox) as self.pool:
             try:
-                self.engine.sync(self.policy, start)
-                self.probe(start)
+                with self.generating(start):
+                    self.probe(start)
                 before = {d: Score(**s) for d, s in state.get("before", {}).items()}
                 if not before:
                     with phases("evaluate"):
-                        before = self.evaluate(held_out)
+                        before = self.evaluate(held_out, start)
                 extra = {"before": {d: s.as_dict() for d, s in before.items()}}
                 tokens = 0
                 self.display.start("grpo", c.train.steps, start)
@@ -345,12 +347,12 @@ class Run:
                     phases.add(spent)
                     if c.evaluation.every and (step + 1) % c.evaluation.every == 0 and step + 1 < c.train.steps:
                         with phases("evaluate"):
-                            self.record_scores(step, self.evaluate(held_out))
+                            self.record_scores(step, self.evaluate(held_out, step + 1))
                     if self.after_step(stats, step, extra | {"carried": self.carry.places}):
                         return
                 self.display.stop()
                 with phases("evaluate"):
-                    after = self.evaluate(held_out)
+                    after = self.evaluate(held_out, c.train.steps)
                     self.record_scores(c.train.steps, after)
             finally:
                 self.display.stop()
@@ -371,7 +373,7 @@ class Run:
 
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
         phases = Phases()
-        with phases("rollout"):
+        with self.generating(step, phases), phases("rollout"):
             samples, groups, advantages, replaced = self.rollout(step)
         with phases("pack"):
             # Weights that have blown up sample NaN log-probabilities: such a rollout teaches nothing and counts as
@@ -391,8 +393,6 @@ class Run:
         with phases("learn"):
             for batch in batches:
                 stats = self.learner.step(batch, objective, step)
-        with phases("sync"):
-            self.engine.sync(self.policy, step + 1)
         summary = metrics.rollout_metrics(samples, groups)
         self.alarm(step, stats)
         self.recorder.rollouts(step, samples)
@@ -404,6 +404,7 @@ class Run:
                 **summary,
                 "groups_replaced": replaced,
                 "groups_carried": len(self.carry.places),
+                **{f"memory/free_{edge}_gib": free for edge, free in getattr(self.engine, "ledger", {}).items()},
                 "weight_lag": step - min((s.weight_version for s in samples), default=step),
             },
         )
@@ -492,11 +493,25 @@ class Run:
             carry=carry,
         )
 
-    def evaluate(self, held_out: Sequence[Prompt]) -> dict[str, Score]:
+    @contextlib.contextmanager
+    def generating(self, version: int, phases: Phases | None = None) -> Iterator[None]:
+        """The engine awake with the policy's weights; afterwards the accelerator's memory is the trainer's again."""
+        phases = phases or Phases()
+        with phases("sync"):
+            parked = park(self.learner.optimizer) if self.config.rollout.park_optimizer else Parked()
+            self.engine.sync(self.policy, version)
+            self.engine.wake()
+        yield
+        with phases("sync"):
+            self.engine.sleep()
+            parked.restore()
+
+    def evaluate(self, held_out: Sequence[Prompt], version: int) -> dict[str, Score]:
         e = self.config.evaluation
         if not held_out:
             return {}
-        return score(self.collect(held_out, e.k, EVAL_STEP, e.temperature, e.max_new_tokens))
+        with self.generating(version):
+            return score(self.collect(held_out, e.k, EVAL_STEP, e.temperature, e.max_new_tokens))
 
     def record_scores(self, step: int, scores: dict[str, Score]) -> None:
         values: dict[str, Any] = {f"eval/{d}/avg_at_k": s.avg_at_k for d, s in scores.items()}

@@ -16,7 +16,6 @@ and cannot be written in place; there the weights go through vLLM's own reload.
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import os
 import re
@@ -34,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from m2rl.config import Config
 from m2rl.policy import full_parameters
 from m2rl.rollout.engine import Finished, Request, sample_seed
+from m2rl.rollout.memory import free_cache, free_gib
 from m2rl.rollout.watchdog import Watchdog, remove_stale_segments
 from m2rl.types import InputError
 
@@ -117,6 +117,7 @@ class VllmEngine:
         self.requests: dict[int, Request] = {}
         self.seeded, self.index = r.deterministic, (dist.get_rank() if world > 1 else 0) // r.tensor_parallel
         self.generated = 0
+        self.ledger: dict[str, float] = {}  # GiB free on the device at each edge of the last step
         self.plans: dict[dist.ProcessGroup | None, SyncPlan] = {}
         self.engine = self._start(model_path, cuda)
         self.model = self._worker().get_model()
@@ -225,15 +226,18 @@ class VllmEngine:
         The first sync compares the checksums of both sides (in place; a reload is checked by the caller's probe).
         """
         self._before_writing()
+        self._write(policy)
+        self._after_writing(version)
+
+    def _write(self, policy: Any) -> None:
         if self.route == "reload":
             self._reload(full_parameters(policy))
-        else:
-            shards, group = local_shards(policy)
-            plan = self._plan(shards, group)
-            plan.sync(shards, group)
-            if self.version < 0:
-                plan.verify(shards, group)
-        self._after_writing(version)
+            return
+        shards, group = local_shards(policy)
+        plan = self._plan(shards, group)
+        plan.sync(shards, group)
+        if self.version < 0:
+            plan.verify(shards, group)
 
     def verify(self, policy: Any) -> None:
         """Compare checksums with the policy's weights; RuntimeError names the parameters that differ. Collective."""
@@ -266,7 +270,8 @@ class VllmEngine:
         if self.pending:
             raise RuntimeError(f"sync with {self.pending} requests in flight: finish or cancel them first")
         if "weights" in self.asleep:
-            free_cache()
+            free_cache()  # vLLM's allocator cannot see what the trainer's holds unused
+            self._note("trained")
             self.engine.wake_up(["weights"])
             self.asleep.remove("weights")
 
@@ -301,18 +306,29 @@ class VllmEngine:
         if self.device.type == "cuda" and not self.asleep:
             if self.pending:
                 raise RuntimeError(f"sleep with {self.pending} requests in flight: finish or cancel them first")
-            self.engine.sleep(level=2)  # level 1 would copy 8 GB of weights to the host that sync rewrites anyway
+            self.engine.sleep(level=2)  # level 1 would copy the weights to the host; sync rewrites them
             self.asleep = {"weights", "kv_cache"}
+            self._note("asleep")
 
     def wake(self) -> None:
-        """Take the memory back; after a sleep, `sync` comes first, or the weights would be what lay in that memory."""
+        """Take the cache's memory back, after `sync` has filled the weights; before it they are what lay there."""
         if "weights" in self.asleep:
             raise RuntimeError("wake before sync: the engine's weights are gone")
         if self.asleep:
             free_cache()
+            need, free = self.config.rollout.kv_cache_gib, self._note("weights")
+            if free < need:
+                raise RuntimeError(f"the KV cache needs {need:.1f} GiB and {free:.1f} are free (GiB at every edge: "
+                                   f"{self.ledger}): lower rollout.kv_cache_gib or set rollout.park_optimizer")
             self.engine.wake_up(["kv_cache"])
             self.asleep.clear()
             self._drop_prefix_cache()
+            self._note("awake")
+
+    def _note(self, edge: str) -> float:
+        """Write down what is free at an edge between trainer and engine, GiB."""
+        self.ledger[edge] = round(free_gib(self.device), 2)
+        return self.ledger[edge]
 
     def close(self) -> None:
         """Cancel everything. The engine itself stays until the process ends: see _ALIVE."""
@@ -333,10 +349,3 @@ def local_shards(policy: Any) -> tuple[dict[str, Tensor], dist.ProcessGroup | No
             group = p.device_mesh.get_group(p.device_mesh.ndim - 1)  # HSDP: the last dimension shards
         named[name.replace("_checkpoint_wrapped_module.", "")] = p.detach()
     return named, group
-
-
-def free_cache() -> None:
-    """Return what the trainer's allocator holds but does not use: vLLM's allocator cannot see it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """What is checked before vLLM starts; needs no vLLM."""
 
 import pytest
+import torch
 from torch import nn
 
 from m2rl.config import load
@@ -75,3 +76,62 @@ def test_sampling_that_would_change_the_distribution_has_no_key(name, tmp_path):
     (tmp_path / "run.toml").write_text(f"[rollout]\n{name} = 0.9\n")
     with pytest.raises(InputError, match=f"unknown key rollout.{name}"):
         load(["--config", str(tmp_path / "run.toml")])
+
+
+class Recorded:
+    """Stands for vLLM's engine where there is no GPU: what was called, in order."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("drop cache")
+        return True
+
+
+def asleep_on_a_gpu(monkeypatch, free):
+    from m2rl.rollout import vllm
+
+    monkeypatch.setattr(vllm, "free_gib", lambda device: free)
+    engine = vllm.VllmEngine.__new__(vllm.VllmEngine)
+    engine.config, engine.device = load(["--rollout.kv-cache-gib", "40"])[0], torch.device("cuda")
+    engine.engine, engine.requests, engine.asleep, engine.ledger = Recorded(), {}, set(), {}
+    engine.version, engine.seeded = 0, True
+    monkeypatch.setattr(vllm, "free_cache", lambda: engine.engine.calls.append("free trainer's cache"))
+    monkeypatch.setattr(engine, "_write", lambda policy: engine.engine.calls.append("write"), raising=False)
+    engine.sleep()
+    return engine
+
+
+def test_memory_changes_hands_in_order(monkeypatch):
+    """Weights that slept at level 2 are gone: they are written before the cache wakes, and nothing can run before."""
+    engine = asleep_on_a_gpu(monkeypatch, 50.0)
+    with pytest.raises(RuntimeError, match="wake before sync"):
+        engine.wake()
+    engine.sync(None, 1)
+    engine.wake()
+    engine.wake()  # awake already
+    assert engine.engine.calls == ["sleep 2", "free trainer's cache", "wake weights", "write", "free trainer's cache",
+                                   "wake kv_cache", "drop cache"]
+    assert list(engine.ledger) == ["asleep", "trained", "weights", "awake"] and engine.version == 1
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_ledger(monkeypatch):
+    engine = asleep_on_a_gpu(monkeypatch, 30.0)
+    engine.sync(None, 1)
+    with pytest.raises(RuntimeError, match=r"needs 40\.0 GiB and 30\.0 are free .*trained.*park_optimizer"):
+        engine.wake()
+    assert "wake kv_cache" not in engine.engine.calls
+
+
+def test_sleeping_with_requests_in_flight_is_refused(monkeypatch):
+    engine = asleep_on_a_gpu(monkeypatch, 50.0)
+    engine.asleep, engine.requests = set(), {1: None}
+    with pytest.raises(RuntimeError, match="1 requests in flight"):
+        engine.sleep()
