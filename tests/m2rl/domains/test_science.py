@@ -101,9 +101,14 @@ def test_an_option_may_be_named_by_its_text(response, expected):
     assert letter(response) == expected
 
 
-HEDGES = """
-A or B|A, B|A/B|A and B|A-B|A; B|A B|(A)(B)|A. B|A) B|not A|A (or B)|B) 0 km|A, or perhaps D|any|E|A 1 km|AB|one of A, B, C, D
-""".strip().split("|")
+HEDGES = (
+    """
+A or B|A, B|A/B|A and B|A-B|A; B|A B|(A)(B)|A. B|A) B|not A|A (or B)|B) 0 km|A, or perhaps D|any|E
+A 1 km|AB|one of A, B, C, D
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
 
 @pytest.mark.parametrize("hedge", HEDGES)
