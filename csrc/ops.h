@@ -81,6 +81,11 @@ M2RL_API int32_t m2rl_merge_select(const M2rlTensors*, const M2rlRule*, const M2
 M2RL_API int32_t m2rl_merge_sums(const M2rlTensors*, const M2rlRule*, const M2rlSums*, const M2rlReport*, int64_t chunk, int32_t threads);
 // 0, or the errno of a failed write
 M2RL_API int32_t m2rl_merge_apply(const M2rlTensors*, const M2rlRule*, const M2rlOutput*, const M2rlReport*, int64_t chunk, int32_t threads);
+// The same on device addresses; the tables stay on the host. At most 8 experts, no DELLA, output in memory: -ENOTSUP otherwise;
+// a failed CUDA call is -1000 - its cudaError_t.
+M2RL_API int32_t m2rl_merge_select_cuda(const M2rlTensors*, const M2rlRule*, const M2rlSelect*, const M2rlReport*, int64_t chunk, void* stream);
+M2RL_API int32_t m2rl_merge_sums_cuda(const M2rlTensors*, const M2rlRule*, const M2rlSums*, const M2rlReport*, int64_t chunk, void* stream);
+M2RL_API int32_t m2rl_merge_apply_cuda(const M2rlTensors*, const M2rlRule*, const M2rlOutput*, const M2rlReport*, int64_t chunk, void* stream);
 M2RL_API uint64_t m2rl_merge_checksum(const void* bytes, int64_t size, int32_t threads);
 M2RL_API int32_t m2rl_merge_isa_limit(int32_t limit);  // tests: 0 base, 1 AVX2, 2 AVX-512; returns what will run
 
@@ -100,3 +105,20 @@ M2RL_API int32_t m2rl_pack_rows_cuda(int32_t n_fields, const void* const* src, v
                                      const int32_t* shift, const int64_t* fill, int64_t rows, int64_t n_seqs,
                                      const int64_t* src_start, const int64_t* dst_start, const int64_t* lengths,
                                      const int64_t* first_row, void* stream);
+
+// ---- weight synchronisation (sync.cpp, sync.cu; Python: m2rl_kernels/weight_sync.py) ----
+// One strided 2-D copy; strides in elements. `tensor` and dst_first (flat index of dst[0] in its tensor) serve the checksum.
+struct M2rlCopy {
+  const void* src;
+  void* dst;
+  int64_t rows, columns, src_stride, dst_stride, tensor, dst_first;
+};
+M2RL_API void m2rl_sync_copy(const M2rlCopy* copies, int64_t n, int32_t src_dtype, int32_t dst_dtype, int32_t threads);
+// sums[2 * tensor + 0, 1] += the two hashes of what m2rl_sync_copy would write; nothing is written.
+M2RL_API void m2rl_sync_checksum(const M2rlCopy* copies, int64_t n, int32_t src_dtype, int32_t dst_dtype, uint64_t* sums,
+                                 int32_t threads);
+// The same in one launch. The table is on the device; first_tile [n]: running sum of ceil(rows * columns / 16384), tiles: the total.
+M2RL_API int32_t m2rl_sync_copy_cuda(const M2rlCopy* copies, const int64_t* first_tile, int64_t n, int64_t tiles,
+                                     int32_t src_dtype, int32_t dst_dtype, void* stream);
+M2RL_API int32_t m2rl_sync_checksum_cuda(const M2rlCopy* copies, const int64_t* first_tile, int64_t n, int64_t tiles,
+                                         int32_t src_dtype, int32_t dst_dtype, uint64_t* sums, void* stream);
