@@ -8,11 +8,13 @@ output.
     answer   {"end": exit | error | timeout | output | killed, "out": bytes of stdout, "report": bytes of fd 3}
 """
 
+import builtins
 import contextlib
 import ctypes
 import gc
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -25,6 +27,8 @@ OUTPUT_BYTES = 8 << 20  # of stdout, and of the results of calls
 PIPE_BYTES = 1 << 20
 STACK_BYTES = 256 << 20
 OPEN_FILES = 64
+IDLE_S = 2.0  # without any processor time: it sleeps, or waits for what will never come
+TICK_S = 0.25
 WARM = ("array", "atexit", "bisect", "cmath", "collections", "copy", "datetime", "decimal", "enum", "fractions",
         "functools", "heapq", "io", "itertools", "math", "numbers", "operator", "queue", "random", "re", "statistics",
         "string", "threading", "types", "typing")
@@ -134,6 +138,8 @@ def run_program(request, config, start_directory):
         for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
             setattr(sys, name, open(fd, mode, 1 << 16, encoding="utf-8", errors="surrogateescape", closefd=False))  # noqa: SIM115
         vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
+        builtins.open = opener(builtins.open)
+        random.seed(0)  # a fork seeds it anew; here a verdict repeats
         sys.argv = ["program.py"]
         main = type(sys)("__main__")
         sys.modules["__main__"] = main
@@ -168,6 +174,16 @@ def run_program(request, config, start_directory):
             os._exit(status)
 
 
+def opener(real):
+    """`open` that knows /dev/stdin without a /proc to resolve it."""
+    streams = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+    def open(file, *args, **kwargs):
+        return real(streams.get(file, file) if isinstance(file, str) else file, *args, **kwargs)
+
+    return open
+
+
 def call_all(code, space, name, arguments):
     exec(code, space)
     if name in space:
@@ -198,9 +214,6 @@ def serve(config):
     os.set_blocking(source, True)
     for name in WARM:
         __import__(name)
-    import random
-
-    random.seed(0)  # every program draws the same numbers every time: a verdict repeats
     if config["prelude_source"]:
         space: dict = {}
         exec(config["prelude_source"], space)
@@ -261,54 +274,48 @@ def run(request, stdin, config):
 
 
 def watch(pid, out, report, request):
-    """Read what a child writes until it ends, or end it: at its deadline, or at too much output."""
+    """Read what a child writes until it ends, or end it: at a deadline, when it only waits, or at too much output."""
     began = time.monotonic()
-    deadline = began + request["wall_s"]
     data = {out: bytearray(), report: bytearray()}
-    poll, open_ends, end = select.poll(), {out, report}, None
-    for fd in open_ends:
+    ended, poll, end = os.pidfd_open(pid), select.poll(), None
+    for fd in (out, report, ended):
         poll.register(fd, select.POLLIN)
-    call_deadline = began + request["call_s"]
-    while open_ends:
-        left = min(deadline, call_deadline) - time.monotonic()
-        if left <= 0:
+    clock = (~pid << 3) | 2  # the CPU-time clock of a process, see clock_getcpuclockid(3)
+    busy, spent, called = began, 0.0, began
+    alive = True
+    while True:
+        now = time.monotonic()
+        if now > min(began + request["wall_s"], called + request["call_s"]) or now - busy > IDLE_S:
             end = "timeout"
             break
-        for fd, _ in poll.poll(left * 1000 + 1):
+        events = poll.poll(TICK_S * 1000 if alive else 0)
+        for fd, _ in events:
+            if fd == ended:
+                alive = False
+                poll.unregister(ended)
+                continue
             chunk = os.read(fd, 1 << 18)
-            if not chunk:
-                poll.unregister(fd)
-                open_ends.discard(fd)
             data[fd] += chunk
             if fd == report:
-                call_deadline = time.monotonic() + request["call_s"]
-        if len(data[out]) > OUTPUT_BYTES or len(data[report]) > OUTPUT_BYTES:
+                called = now
+            if not chunk:
+                poll.unregister(fd)
+        if not alive and not events:
+            break
+        if max(map(len, data.values())) > OUTPUT_BYTES:
             end = "output"
             break
-    if end is None:  # both ends are closed, which a program can do long before it ends
-        end = reap_until(pid, deadline)
+        if not events and alive:
+            cpu_s = time.clock_gettime(clock)
+            if cpu_s > spent + 0.001:
+                busy, spent = now, cpu_s
+    os.close(ended)
     kill(pid)
-    try:
-        _, status, usage = os.wait4(pid, 0)
-    except ChildProcessError:
-        return end or "killed", data
-    if isinstance(end, str):
-        return end, data
-    if os.WIFSIGNALED(status):
-        spent = usage.ru_utime + usage.ru_stime
-        by_limit = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) and spent >= request["cpu_s"] - 0.1
-        return "timeout" if by_limit else "killed", data
-    return "exit" if os.WEXITSTATUS(status) == 0 else "error", data
-
-
-def reap_until(pid, deadline):
-    """Wait for the end without reaping: "timeout" if it does not come."""
-    handle = os.pidfd_open(pid)
-    try:
-        left = max(0.0, deadline - time.monotonic())
-        return None if select.select([handle], [], [], left)[0] else "timeout"
-    finally:
-        os.close(handle)
+    _, status, usage = os.wait4(pid, 0)
+    if end is None and os.WIFSIGNALED(status):
+        by_limit = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        end = "timeout" if by_limit and usage.ru_utime + usage.ru_stime >= 0.7 * request["cpu_s"] else "killed"
+    return end or ("exit" if os.WEXITSTATUS(status) == 0 else "error"), data
 
 
 def kill(pid):
