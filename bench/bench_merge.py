@@ -36,6 +36,7 @@ METHODS = {  # ours -> (our flags, mergekit's method, its parameters)
     "dare_ties": (["--density", "0.5"], "dare_ties", {"density": 0.5}),
     "ties": (["--density", "0.2"], "ties", {"density": 0.2}),
     "sce": (["--density", "1.0"], "sce", {}),
+    "sce-select": (["--density", "0.2"], "sce", {"select_topk": 0.2}),
 }
 
 
@@ -178,8 +179,8 @@ def bandwidths(folder: Path, read: Path) -> dict[str, float]:
 def peer_config(folder: Path, method: str, parameters: dict[str, float]) -> Path:
     import yaml
 
-    shared = {k: v for k, v in parameters.items() if k == "lambda"}
-    own = {"weight": 1.0 if method != "sce" else None, **{k: v for k, v in parameters.items() if k != "lambda"}}
+    shared = {k: v for k, v in parameters.items() if k in ("lambda", "select_topk")}
+    own = {"weight": 1.0 if method != "sce" else None, **{k: v for k, v in parameters.items() if k not in shared}}
     own = {k: v for k, v in own.items() if v is not None}
     config: dict[str, object] = {"merge_method": method, "dtype": "bfloat16", "parameters": shared,
                                  "models": [{"model": str(folder / f"e{k}"), "parameters": own} for k in range(4)]}
@@ -206,7 +207,7 @@ def whole_process(args: argparse.Namespace) -> None:
     for method in args.methods:
         flags, peer_method, parameters = METHODS[method]
         command = [sys.executable, "-m", "m2rl.merge", "--base", str(folder / "base"), "--experts", *(str(folder / f"e{k}") for k in range(4)),
-                   "--method", method, *flags, "--out", str(folder / "ours"), "--overwrite", *([] if args.sync else ["--no-sync"])]
+                   "--method", method.split("-")[0], *flags, "--out", str(folder / "ours"), "--overwrite", *([] if args.sync else ["--no-sync"])]
         ours, peers = [], []
         for _ in range(args.repeat):
             ours.append(measure(command, env))

@@ -122,3 +122,12 @@ M2RL_API int32_t m2rl_sync_copy_cuda(const M2rlCopy* copies, const int64_t* firs
                                      int32_t src_dtype, int32_t dst_dtype, void* stream);
 M2RL_API int32_t m2rl_sync_checksum_cuda(const M2rlCopy* copies, const int64_t* first_tile, int64_t n, int64_t tiles,
                                          int32_t src_dtype, int32_t dst_dtype, uint64_t* sums, void* stream);
+
+// ---- delta statistics (stats.cpp; Python: m2rl_kernels/delta_stats.py); M models ----
+// sums [M*M gram, M sum |d|, M max |d|] and counts [M*M both, M*M agree, M changed, M*256 exponents] are added to (max: replaced
+// if larger). Of the M*M the upper triangle and the diagonal are filled.
+M2RL_API void m2rl_delta_stats(int64_t numel, int32_t models, const void* base, int32_t base_dtype, const void* const* x,
+                               const int32_t* x_dtype, double* sums, int64_t* counts, int32_t threads);
+// sketch [size] += that of x, or of x - base; size at most 2^31.
+M2RL_API void m2rl_count_sketch(int64_t numel, const void* x, int32_t x_dtype, const void* base, int32_t base_dtype, uint64_t key,
+                                int64_t size, double* sketch, int32_t threads);

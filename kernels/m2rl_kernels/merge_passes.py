@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import math
 import os
@@ -461,9 +462,14 @@ class Device:
             ctypes.byref(report),
             ctypes.c_int64(self.chunk),
         ]
-        if self.kind == "cuda":
-            return getattr(native.cuda(), f"m2rl_merge_{name}_cuda")(*heads, ctypes.c_void_p(self.stream))
-        return getattr(native.cpu(), f"m2rl_merge_{name}")(*heads, ctypes.c_int32(self.threads or cpu_threads()))
+        if self.kind == "cpu":
+            return getattr(native.cpu(), f"m2rl_merge_{name}")(*heads, ctypes.c_int32(self.threads or cpu_threads()))
+        status = getattr(native.cuda(), f"m2rl_merge_{name}_cuda")(*heads, ctypes.c_void_p(self.stream))
+        if status == -errno.ENOTSUP:
+            raise ValueError(f"on CUDA a merge takes at most 8 experts, and not DELLA; got {tensors.count} experts")
+        if status:
+            raise RuntimeError(f"m2rl_merge_{name}_cuda failed with CUDA error {-1000 - status}")
+        return 0
 
 
 def _tensors(t: Tensors) -> _Tensors:
