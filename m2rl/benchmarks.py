@@ -1,24 +1,44 @@
-"""Benchmarks: named sets of problems with the K, token budget and temperature they are scored at.
+r"""Benchmarks: problems in their published schemas, and the K, token budget and temperature they are scored at.
 
-    load("math", tokenizer, config)  ->  Benchmark(name, prompts, k, temperature, max_new_tokens, notes)
+    load("gpqa_diamond", tokenizer, config, data_file="gpqa.jsonl")  ->  Benchmark(name, prompts, k, ...)
 
-The embedded domains are generated; they never run out and need no file.
+The nine of arXiv 2602.12566, and the embedded domains, which are generated. K is what the published percentages imply
+(PRESETS). Rows come from local files in the schema of the hub's dataset, or from the hub.
+
+    aime24, aime25          "Answer: \boxed{}" asked for; integers, leading zeros ignored
+    lcb_v5, lcb_v6          the problems that release v5 / v6 added; all public and private tests must pass
+    hle                     text-only; rule-graded, which is not the official judgement by a model
+    gpqa_diamond            the order of the options is drawn from (seed, record id)
+    ifeval, ifbench         strict, prompt level; the other three levels are details
+    mmlu_redux              all rows, as published; error_type "ok" alone is a detail
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import difflib
+import hashlib
+import io
+import json
+import pickle
+import random
 import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from m2rl.config import Config, Data, Domain
-from m2rl.data import eval_prompts
-from m2rl.domains import procedural
+from m2rl.data import Encoder, Row, eval_prompts, files, hub, read_records
+from m2rl.domains import check_spec, instruct, procedural
 from m2rl.domains.answers import final_answer
-from m2rl.types import InputError, Prompt
+from m2rl.types import InputError, Prompt, Sample
+
+THINK_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +53,340 @@ class Benchmark:
     notes: tuple[str, ...] = ()  # what a reader of the score has to know
 
 
-def load(name: str, tokenizer: PreTrainedTokenizerBase, config: Config) -> Benchmark:
-    """The benchmark of that name, its prompts encoded for this tokenizer. InputError for an unknown name."""
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Where a benchmark's rows are, how one becomes a problem, and the paper's K."""
+
+    title: str
+    k: int
+    row: Callable[[Mapping[str, Any], int], Problem | str]
+    """(record, seed) -> the problem, or the reason why the row is left out"""
+    download: Callable[[], list[Path]]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row of a benchmark."""
+
+    id: str
+    domain: str
+    question: str  # as published
+    prompt: str  # as asked
+    spec: dict[str, Any]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+BOXED = (
+    "Solve the following math problem step by step. End with a line of the form Answer: \\boxed{{$Answer}}, where "
+    "$Answer is the answer to the problem.\n\n{question}"
+)
+CHOICE = (
+    "Answer the following multiple choice question. Think step by step, and end with a line of the form Answer: "
+    "$LETTER (without quotes), where LETTER is one of {letters}.\n\n{question}\n\n{options}"
+)
+SHORT = (
+    "Answer the following question. Think step by step, and end with a line of the form Answer: \\boxed{{$Answer}}, "
+    "where $Answer is the answer alone.\n\n{question}"
+)
+PROGRAM = (
+    "Write a Python program that solves the following problem. It reads standard input and prints to standard output. "
+    "End with the whole program in one ```python block.\n\n{question}"
+)
+FUNCTION = (
+    "Solve the following problem in Python by completing the code below it. End with the whole program in one "
+    "```python block.\n\n{question}\n\n```python\n{starter}\n```"
+)
+
+
+def _need(record: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these keys that the record has."""
+    for key in keys:
+        if record.get(key) is not None:
+            return record[key]
+    raise ValueError(f"key {' or '.join(keys)} is missing")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=8).hexdigest()
+
+
+def aime(record: Mapping[str, Any], seed: int) -> Problem | str:
+    question = str(_need(record, "problem", "Problem", "question"))
+    answer = record.get("answer", record.get("Answer"))
+    if answer is None:  # math-ai/aime24 has it inside the solution
+        answer = final_answer(str(_need(record, "solution")))
+    try:
+        number = int(str(answer).strip())
+    except ValueError:
+        raise ValueError(f"answer {answer!r} is not an integer") from None
+    return Problem(_digest(question), "math", question, BOXED.format(question=question), {"answer": str(number)})
+
+
+def _choices(question: str, texts: Sequence[str], right: int) -> tuple[str, dict[str, Any]]:
+    letters = [chr(ord("A") + i) for i in range(len(texts))]
+    options = dict(zip(letters, texts))
+    prompt = CHOICE.format(
+        letters=", ".join(letters),
+        question=question,
+        options="\n".join(f"{letter}) {text}" for letter, text in options.items()),
+    )
+    return prompt, {"answer": letters[right], "options": options}
+
+
+def gpqa(record: Mapping[str, Any], seed: int) -> Problem | str:
+    question = str(_need(record, "Question")).strip()
+    texts = [
+        str(_need(record, key)).strip()
+        for key in ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    ]
+    id = str(record.get("Record ID") or _digest(question))
+    order = list(range(4))
+    random.Random(f"gpqa/{seed}/{id}").shuffle(order)
+    prompt, spec = _choices(question, [texts[i] for i in order], order.index(0))
+    return Problem(id, "science", question, prompt, spec)
+
+
+def mmlu_redux(record: Mapping[str, Any], seed: int) -> Problem | str:
+    question, choices = str(_need(record, "question")), [str(c) for c in _need(record, "choices")]
+    answer = int(_need(record, "answer"))
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer} is not the index of one of {len(choices)} choices")
+    prompt, spec = _choices(question, choices, answer)
+    spec["error_type"] = str(record.get("error_type") or "ok")
+    return Problem(_digest(record.get("subject"), question, choices), "science", question, prompt, spec)
+
+
+def hle(record: Mapping[str, Any], seed: int) -> Problem | str:
+    if record.get("image"):
+        return "has an image"
+    question, answer = str(_need(record, "question")), str(_need(record, "answer")).strip()
+    id = str(record.get("id") or _digest(question))
+    if record.get("answer_type") != "multipleChoice":
+        return Problem(id, "math", question, SHORT.format(question=question), {"answer": answer})
+    found = re.findall(r"^\s*\(?([A-Z])[.):]\s", question, re.MULTILINE)
+    letters = sorted({*found, answer.upper()}) if found else [chr(c) for c in range(ord("A"), ord("Z") + 1)]
+    prompt = CHOICE.format(letters=", ".join(letters), question=question, options="").rstrip()
+    return Problem(id, "science", question, prompt, {"answer": answer.upper(), "options": letters})
+
+
+def constraints(record: Mapping[str, Any], seed: int) -> Problem | str:
+    ids = list(_need(record, "instruction_id_list"))
+    kwargs = list(record.get("kwargs") or [None] * len(ids))
+    if len(kwargs) != len(ids):
+        raise ValueError(f"kwargs must be as long as instruction_id_list, {len(kwargs)} and {len(ids)}")
+    wanted = [
+        {
+            "id": i,
+            "kwargs": {k: v for k, v in (json.loads(kw) if isinstance(kw, str) else kw or {}).items() if v is not None},
+        }
+        for i, kw in zip(ids, kwargs)
+    ]
+    prompt = str(_need(record, "prompt"))
+    id = str(record.get("key", _digest(prompt)))
+    return Problem(id, "if", prompt, prompt, {"constraints": wanted, "mode": "strict"})
+
+
+class _NoClasses(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"a test file may hold plain data only, not {module}.{name}")
+
+
+def lcb_tests(text: str) -> list[dict[str, str]]:
+    """Test cases from JSON, or from base64(zlib(pickle(JSON))); a pickle that names any class is refused."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        found = _NoClasses(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
+        return json.loads(found) if isinstance(found, (str, bytes)) else found
+    except (ValueError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"private_test_cases cannot be read: {error}") from None
+
+
+def lcb(record: Mapping[str, Any], seed: int) -> Problem | str:
+    question, id = str(_need(record, "question_content")), str(_need(record, "question_id"))
+    cases = [
+        case
+        for key in ("public_test_cases", "private_test_cases")
+        if record.get(key)
+        for case in (lcb_tests(record[key]) if isinstance(record[key], str) else record[key])
+    ]
+    if not cases:
+        raise ValueError("no test cases")
+    metadata = record.get("metadata") or {}
+    name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
+    tests: dict[str, Any] = {"inputs": [c["input"] for c in cases], "outputs": [c["output"] for c in cases]}
+    starter = str(record.get("starter_code") or "")
+    if name:
+        tests = {
+            "fn_name": name,
+            "inputs": [[json.loads(line) for line in text.split("\n") if line] for text in tests["inputs"]],
+            "outputs": [json.loads(text) for text in tests["outputs"]],
+        }
+        prompt = FUNCTION.format(question=question, starter=starter)
+    else:
+        prompt = PROGRAM.format(question=question)
+    # LiveCodeBench runs every test, 6 s each, below its own header of imports.
+    spec = {"tests": tests, "max_tests": len(cases), "time_limit_s": 6, "prelude": True}
+    spec["date"] = str(record.get("contest_date") or "")[:10]
+    return Problem(id, "code", question, prompt, spec)
+
+
+def _lcb(name: str) -> Callable[[], list[Path]]:
+    return lambda: hub.repository_files("livecodebench/code_generation_lite", name)
+
+
+def _hub(repo: str, config: str, split: str) -> Callable[[], list[Path]]:
+    return lambda: hub.dataset_files(repo, config, split)
+
+
+_LCB_NOTE = "the problems that this release added; give other files with --data-file, other dates with --lcb-window"
+PRESETS = {
+    "aime24": Preset("AIME'24", 64, aime, _hub("HuggingFaceH4/aime_2024", "default", "train")),
+    "aime25": Preset("AIME'25", 64, aime, _hub("math-ai/aime25", "default", "test")),
+    "lcb_v5": Preset("LCB v5", 2, lcb, _lcb("test5.jsonl"), f"{_LCB_NOTE}; the paper's v5 window and K are not known"),
+    "lcb_v6": Preset("LCB v6", 2, lcb, _lcb("test6.jsonl"), _LCB_NOTE),
+    "hle": Preset(
+        "HLE", 1, hle, _hub("cais/hle", "default", "test"), "rule-graded, text-only: not the official judgement"
+    ),
+    "gpqa_diamond": Preset("GPQA-D", 4, gpqa, _hub("Idavidrein/gpqa", "gpqa_diamond", "train")),
+    "ifeval": Preset("IFEval", 4, constraints, _hub("google/IFEval", "default", "train"), "strict, prompt level"),
+    "ifbench": Preset(
+        "IFBench", 1, constraints, _hub("allenai/IFBench_test", "default", "train"), "strict, prompt level"
+    ),
+    "mmlu_redux": Preset(
+        "MMLU-Redux",
+        1,
+        mmlu_redux,
+        _hub("edinburgh-dawg/mmlu-redux-2.0", "*", "test"),
+        "all rows, those with an error_type included",
+    ),
+}
+PAPER_MAX_NEW_TOKENS = 32768
+PAPER_TEMPERATURE = 1.0
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    return [*PRESETS, *procedural.DOMAINS]
+
+
+def unknown(name: str) -> NoReturn:
+    near = difflib.get_close_matches(name, names(), 1)
+    raise InputError(
+        f"--benchmarks: unknown benchmark {name}{f', did you mean {near[0]}?' if near else ''} "
+        f"(there are: {', '.join(names())})"
+    )
+
+
+def load(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    *,
+    data_file: str = "",
+    seed: int = 0,
+    k: int = 0,
+    limit: int = 0,
+    think_gate: bool | None = None,
+    lcb_window: tuple[str, str] | None = None,
+) -> Benchmark:
+    """The benchmark of that name, its prompts encoded for this tokenizer.
+
+    data_file: rows from here (a file or glob), not the hub; k: samples per problem, 0 = the preset's; limit: problems,
+    0 = all; think_gate: score only what follows </think>, None = if the tokenizer's chat template knows </think>;
+    lcb_window: first and last contest date, YYYY-MM-DD. InputError for an unknown name, a bad row, an empty benchmark.
+    """
     e = config.evaluation
+    budget = e.max_new_tokens or config.rollout.max_new_tokens
     if name in procedural.DOMAINS:
         option = next((d for d in config.domain if d.name == name), Domain(name))
         held_out = dataclasses.replace(config, data=Data(eval=("procedural",)), domain=(option,))
-        return Benchmark(name, tuple(eval_prompts(held_out, tokenizer)), e.k, e.temperature,
-                         e.max_new_tokens or config.rollout.max_new_tokens)
-    near = difflib.get_close_matches(name, procedural.DOMAINS, 1)
-    raise InputError(f"--benchmarks: unknown benchmark {name}{f', did you mean {near[0]}?' if near else ''} "
-                     f"(there are: {', '.join(procedural.DOMAINS)})")
+        prompts = eval_prompts(held_out, tokenizer)
+        return Benchmark(name, tuple(prompts[: limit or None]), k or e.k, e.temperature, budget)
+    if name not in PRESETS:
+        unknown(name)
+    preset = PRESETS[name]
+    if think_gate is None:
+        think_gate = THINK_END in str(tokenizer.chat_template or "")
+    encoder = Encoder(tokenizer, [dataclasses.replace(d, prompt_template="{prompt}") for d in config.domain])
+    prompts, seen, left_out = [], set[str](), dict[str, int]()
+    for where, record in _records(files([data_file]) if data_file else preset.download()):
+        try:
+            problem = preset.row(record, seed)
+            if isinstance(problem, Problem):
+                check_spec(problem.domain, problem.spec)
+                problem = _outside(problem, seen, lcb_window) or problem
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: not a row of {name}: {error}") from None
+        if isinstance(problem, str):
+            left_out[problem] = left_out.get(problem, 0) + 1
+            continue
+        seen.add(problem.id)
+        spec = problem.spec | {"question": problem.question} | ({"think_gate": True} if think_gate else {})
+        row = Row(f"{name}/{problem.id}", problem.domain, None, problem.prompt, None, spec)
+        prompts.append(encoder.prompt(row, where))
+        if limit and len(prompts) == limit:
+            break
+    if not prompts:
+        raise InputError(
+            f"--benchmarks {name}: no problem in {data_file or 'the dataset'}" + (f" ({left_out})" if left_out else "")
+        )
+    notes = [preset.note] if preset.note else []
+    notes += [f"{n} rows left out: {reason}" for reason, n in left_out.items()]
+    if lcb_window and name.startswith("lcb"):
+        notes.append(f"contest dates {lcb_window[0]} to {lcb_window[1]}: {len(prompts)} problems")
+    if think_gate:
+        notes.append("only what follows </think> counts")
+    longest = max(len(p.tokens) for p in prompts)
+    if longest > config.rollout.max_prompt_tokens and config.rollout.engine == "vllm":
+        raise InputError(
+            f"--benchmarks {name}: its longest prompt has {longest} tokens, rollout.max_prompt_tokens is "
+            f"{config.rollout.max_prompt_tokens}"
+        )
+    return Benchmark(name, tuple(prompts), k or preset.k, e.temperature, budget, tuple(notes))
 
 
-# ---- final answers ---------------------------------------------------------------------------------------------------
+def _outside(problem: Problem, seen: set[str], window: tuple[str, str] | None) -> str | None:
+    if problem.id in seen:
+        return "repeats an id"
+    if window and "date" in problem.spec and not window[0] <= problem.spec["date"] <= window[1]:
+        return "outside the window"
+    return None
+
+
+def _records(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in paths:
+        yield from read_records(path)
+
+
+def details(benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, float]:
+    """Further numbers of a benchmark: IFEval's four levels, MMLU-Redux without its faulty rows."""
+    if benchmark.name in ("ifeval", "ifbench"):
+        out: dict[str, float] = {}
+        for mode in ("strict", "loose"):
+            results = [instruct.instruction_results(_answer(s), s.prompt.spec, mode) for s in samples]
+            out[f"{mode}_prompt"] = sum(map(all, results)) / len(results)
+            out[f"{mode}_instruction"] = sum(map(sum, results)) / sum(map(len, results))
+        return out
+    if benchmark.name == "mmlu_redux":
+        good = [s for s in samples if s.prompt.spec.get("error_type") == "ok"]
+        return {"ok_rows": sum(s.reward for s in good if s.reward == s.reward) / len(good)} if good else {}
+    return {}
+
+
+def _answer(sample: Sample) -> str:
+    if not sample.prompt.spec.get("think_gate"):
+        return sample.text
+    return sample.text.rpartition(THINK_END)[2] if THINK_END in sample.text else ""
+
+
+# ---- votes ---------------------------------------------------------------------------------------------------------
 
 ANSWER_DOMAINS = ("math", "science")
 """Domains whose responses end in an answer that can be voted on."""
@@ -54,7 +394,7 @@ ANSWER_DOMAINS = ("math", "science")
 
 def vote(text: str) -> str | None:
     """The final answer of a response, normalised for counting votes, not for judging; None if there is none."""
-    found = final_answer(text.rpartition("</think>")[2])
+    found = final_answer(text.rpartition(THINK_END)[2])
     if found is None:
         return None
     found = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", found)

@@ -23,6 +23,7 @@ LAYER = {  # a module may import its own layer and those below
     "telemetry": 4,
     "evaluate": 5,
     "benchmarks": 5,
+    "published": 5,
     "metrics": 5,
     "train": 6,
     "plan": 6,

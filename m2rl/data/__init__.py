@@ -16,5 +16,18 @@ from m2rl.data.mixture import (
 )
 from m2rl.data.rows import Row, files, normalise, read_records
 
-__all__ = ["Encoder", "FileSource", "Loaded", "Mixture", "ProceduralSource", "Row", "Source", "eval_prompts", "files",
-           "load_sources", "normalise", "quotas", "read_records"]
+__all__ = [
+    "Encoder",
+    "FileSource",
+    "Loaded",
+    "Mixture",
+    "ProceduralSource",
+    "Row",
+    "Source",
+    "eval_prompts",
+    "files",
+    "load_sources",
+    "normalise",
+    "quotas",
+    "read_records",
+]

@@ -1,7 +1,7 @@
 """python -m m2rl.data convert|inspect: the blends as plain files, and what a file holds.
 
-    convert train.jsonl --out data/rl --source dapo=dapo.parquet --source skywork=skywork.parquet
-    inspect data/rl/math.jsonl --against aime24=aime24.jsonl --filter data/rl/math.clean.jsonl
+convert train.jsonl --out data/rl --source dapo=dapo.parquet --source skywork=skywork.parquet
+inspect data/rl/math.jsonl --against aime24=aime24.jsonl --filter data/rl/math.clean.jsonl
 """
 
 from __future__ import annotations
@@ -26,36 +26,57 @@ from m2rl.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m m2rl.data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m m2rl.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     c = commands.add_parser("convert", help="the RL blend or SFT files as one plain JSONL file per domain")
     c.add_argument("files", nargs="+", help="JSONL or parquet; globs allowed")
     c.add_argument("--out", required=True, help="folder for <domain>.jsonl and convert.json")
-    c.add_argument("--source", action="append", default=[], metavar="NAME=FILE",
-                   help="where placeholders point: dapo, skywork (a file, a glob or `hub`); taco/train, apps/train ...")
+    c.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="where placeholders point: dapo, skywork (a file, a glob or `hub`); taco/train, apps/train ...",
+    )
     c.add_argument("--domain", default="", help="domain of rows that name none (SFT files)")
-    c.add_argument("--drop-unresolved", action="store_true", help="count placeholders without a source, instead of refusing")
+    c.add_argument(
+        "--drop-unresolved", action="store_true", help="count placeholders without a source, instead of refusing"
+    )
     i = commands.add_parser("inspect", help="counts, problems and bias per domain")
     i.add_argument("files", nargs="+", help="JSONL or parquet; globs allowed")
     i.add_argument("--domain", default="", help="domain of rows that name none")
-    i.add_argument("--against", action="append", default=[], metavar="NAME=FILE",
-                   help="benchmark file: training prompts that share 13 words in a row with it are reported")
+    i.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="benchmark file: training prompts that share 13 words in a row with it are reported",
+    )
     i.add_argument("--tables-dir", default="", help="the workplace's tables: agent rows are replayed")
     i.add_argument("--filter", default="", metavar="FILE", help="write the rows without problems here")
     i.add_argument("--keep", default="", help=f"problems that --filter lets pass, of {','.join(DROPPABLE)}")
     i.add_argument("--json", default="", metavar="FILE", help="write the report here as well")
     options = parser.parse_args(argv)
     if options.command == "convert":
-        counts = convert(options.files, Path(options.out), _pairs(options.source, "--source"), options.domain,
-                         options.drop_unresolved)
+        counts = convert(
+            options.files,
+            Path(options.out),
+            _pairs(options.source, "--source"),
+            options.domain,
+            options.drop_unresolved,
+        )
         print_counts(counts, Path(options.out))
         return 0
     keep = [k for k in options.keep.split(",") if k]
     if odd := set(keep) - set(DROPPABLE):
         raise InputError(f"--keep {','.join(sorted(odd))}: must be of {', '.join(DROPPABLE)}")
-    arguments = {"default_domain": options.domain, "tables_dir": options.tables_dir,
-                 "against": benchmark_index(_pairs(options.against, "--against"))}
+    arguments = {
+        "default_domain": options.domain,
+        "tables_dir": options.tables_dir,
+        "against": benchmark_index(_pairs(options.against, "--against")),
+    }
     written = None
     if options.filter:
         report, written = filter_rows(options.files, Path(options.filter), keep=keep, **arguments)
@@ -81,8 +102,9 @@ def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
     return pairs
 
 
-def convert(patterns: Sequence[str], out: Path, sources: dict[str, str], domain: str = "",
-            drop_unresolved: bool = False) -> dict[str, Counter[str]]:
+def convert(
+    patterns: Sequence[str], out: Path, sources: dict[str, str], domain: str = "", drop_unresolved: bool = False
+) -> dict[str, Counter[str]]:
     """Write <out>/<domain>.jsonl and convert.json; {"written": ..., "dropped": ...} counts. Nothing is held but the
     source rows that placeholders name, and no file appears until all are complete."""
     found = blend.Sources(sources)
@@ -136,8 +158,14 @@ def benchmark_index(named: dict[str, str]) -> Index | None:
         for name, pattern in named.items():
             for path in files([pattern]):
                 for where, record in read_records(path):
-                    text = next((record[k] for k in ("prompt", "problem", "question", "Problem", "Question",
-                                                     "question_content") if record.get(k)), None)
+                    text = next(
+                        (
+                            record[k]
+                            for k in ("prompt", "problem", "question", "Problem", "Question", "question_content")
+                            if record.get(k)
+                        ),
+                        None,
+                    )
                     if isinstance(text, list):
                         text = "\n".join(str(m.get("content")) for m in text)
                     if not text:
@@ -157,15 +185,26 @@ def print_counts(counts: dict[str, Counter[str]], out: Path) -> None:
 def print_report(report: dict[str, DomainReport]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     table = Table(title="Rows", title_justify="left")
-    for heading in ("domain", "rows", "prompt chars p50 / p95 / max", *DROPPABLE, "best constant answer", "length ~ reward"):
+    for heading in (
+        "domain",
+        "rows",
+        "prompt chars p50 / p95 / max",
+        *DROPPABLE,
+        "best constant answer",
+        "length ~ reward",
+    ):
         table.add_column(heading, justify="left" if heading in ("domain", "best constant answer") else "right")
     for domain, found in sorted(report.items()):
         d: dict[str, Any] = found.as_dict()
         chars, constant, rho = d["prompt_chars"], d["best_constant"], d["length_reward_spearman"]
-        table.add_row(domain, f"{found.rows:,}", f"{chars['median']:.0f} / {chars['p95']:.0f} / {chars['max']}",
-                      *(f"{sum(found.problems.get(kind, Counter()).values()):,}" for kind in DROPPABLE),
-                      f"{constant['answer'][:24]} {100 * constant['score']:.1f}%" if constant["answer"] else "-",
-                      "-" if rho is None else f"{rho:+.2f}")
+        table.add_row(
+            domain,
+            f"{found.rows:,}",
+            f"{chars['median']:.0f} / {chars['p95']:.0f} / {chars['max']}",
+            *(f"{sum(found.problems.get(kind, Counter()).values()):,}" for kind in DROPPABLE),
+            f"{constant['answer'][:24]} {100 * constant['score']:.1f}%" if constant["answer"] else "-",
+            "-" if rho is None else f"{rho:+.2f}",
+        )
     console.print(table)
     for domain, found in sorted(report.items()):
         if found.labels and len(found.labels) <= 26:

@@ -1,15 +1,15 @@
 """The blends of the paper as plain rows: schemas recognised, placeholders restored from copies of the source datasets.
 
-    RL   {"dataset", "responses_create_params": {"input", "tools"}, "expected_answer", "options", "verifier_metadata" ...}
+    RL   {"dataset", "responses_create_params": {"input", "tools"}, "expected_answer", "options", ...}
          -> {"id", "domain", "prompt": messages, and one of: answer | answer + options | tests | constraints |
              tools + ground_truth}
     SFT  {"messages": [{"role", "content", "reasoning_content", "tool_calls": JSON text}], "tools": JSON text}
          -> {"messages", "tools"} as chat templates take them
 
-Seven sub-corpora of the RL blend are told apart by `dataset`; structured outputs have no verifier and are dropped, as in
-arXiv 2602.12566. Its math rows hold no text: {"_hf_placeholder": {"row", "question_template"}} points into DAPO-Math-17k or
-Skywork-OR1. An SFT coding row whose user message is "-" points into TACO, APPS, CodeContests or Codeforces by
-(dataset, split, index). A placeholder that cannot be restored is an InputError, never a prompt.
+Seven sub-corpora of the RL blend are told apart by `dataset`; structured outputs have no verifier and are dropped, as
+in arXiv 2602.12566. Its math rows hold no text: {"_hf_placeholder": {"row", "question_template"}} points into
+DAPO-Math-17k or Skywork-OR1. An SFT coding row whose user message is "-" points into TACO, APPS, CodeContests or
+Codeforces by (dataset, split, index). A placeholder that cannot be restored is an InputError, never a prompt.
 """
 
 from __future__ import annotations
@@ -26,16 +26,27 @@ from m2rl.data.rows import files, read_records
 from m2rl.types import InputError
 
 DATASETS = {  # part of `dataset` or of `agent_ref.name` -> domain, None = dropped
-    "dapo17k": "math", "skywork": "math", "math_with_judge": "math", "comp_coding": "code", "code_gen": "code",
-    "stem_mcqa": "science", "mcqa": "science", "instruction_following": "if", "workbench": "agent",
-    "workplace_assistant": "agent", "structured_outputs": None,
+    "dapo17k": "math",
+    "skywork": "math",
+    "math_with_judge": "math",
+    "comp_coding": "code",
+    "code_gen": "code",
+    "stem_mcqa": "science",
+    "mcqa": "science",
+    "instruction_following": "if",
+    "workbench": "agent",
+    "workplace_assistant": "agent",
+    "structured_outputs": None,
 }
 HUB = {  # source -> (dataset id, config, split)
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", "default", "train"),
     "skywork": ("Skywork/Skywork-OR1-RL-Data", "default", "math"),
 }
 SFT_SOURCES = ("taco", "apps", "code_contests", "codeforces")  # parts of an SFT row's `dataset`
-_DAPO_HEAD, _DAPO_TAIL = "Solve the following math problem step by step.", "\n\nRemember to put your answer on its own line"
+_DAPO_HEAD, _DAPO_TAIL = (
+    "Solve the following math problem step by step.",
+    "\n\nRemember to put your answer on its own line",
+)
 
 Key = tuple[str, int]  # source ("dapo", "taco/train" ...), row
 
@@ -47,8 +58,10 @@ class Sources:
         known = {*HUB, *(s for s in paths if s.split("/")[0] in SFT_SOURCES)}
         for name in paths:
             if name not in known:
-                raise InputError(f"--source {name}: unknown source (there are: {', '.join(HUB)}, and <name>/<split> for "
-                                 f"{', '.join(SFT_SOURCES)})")
+                raise InputError(
+                    f"--source {name}: unknown source (there are: {', '.join(HUB)}, and <name>/<split> for "
+                    f"{', '.join(SFT_SOURCES)})"
+                )
         self.paths, self.rows = dict(paths), dict[Key, dict[str, Any]]()
 
     def load(self, wanted: set[Key]) -> None:
@@ -57,8 +70,10 @@ class Sources:
             rows = sorted(row for source, row in wanted if source == name)
             found = dict(_pick(self._files(name), rows))
             if missing := [row for row in rows if row not in found]:
-                raise InputError(f"--source {name}={self.paths[name]}: has no row {missing[0]}, which the blend asks for "
-                                 f"({len(missing)} such rows); is it the right file, complete and in its original order?")
+                raise InputError(
+                    f"--source {name}={self.paths[name]}: has no row {missing[0]}, which the blend asks for "
+                    f"({len(missing)} such rows); is it the right file, complete and in its original order?"
+                )
             for row, record in found.items():
                 self.rows[name, row] = record
 
@@ -71,8 +86,10 @@ class Sources:
 
     def get(self, key: Key, where: str) -> dict[str, Any]:
         if key not in self.rows:
-            raise InputError(f"{where}: a placeholder for row {key[1]} of {key[0]}; restore it first: python -m m2rl.data "
-                             f"convert FILE --out DIR --source {key[0]}=FILE")
+            raise InputError(
+                f"{where}: a placeholder for row {key[1]} of {key[0]}; restore it first: python -m m2rl.data "
+                f"convert FILE --out DIR --source {key[0]}=FILE"
+            )
         return self.rows[key]
 
 
@@ -106,8 +123,11 @@ def placeholder(record: Mapping[str, Any]) -> Key | None:
             return None
         return ("dapo" if "dapo" in str(record.get("dataset")) else "skywork"), int(mark["row"])
     messages = record.get("messages")
-    if isinstance(messages, list) and "index" in record and any(
-            isinstance(m, Mapping) and m.get("role") == "user" and m.get("content") == "-" for m in messages):
+    if (
+        isinstance(messages, list)
+        and "index" in record
+        and any(isinstance(m, Mapping) and m.get("role") == "user" and m.get("content") == "-" for m in messages)
+    ):
         name = str(record.get("dataset")).lower()
         source = next((s for s in SFT_SOURCES if s in name), name)
         return f"{source}/{record.get('split')}", int(record["index"])
@@ -115,7 +135,7 @@ def placeholder(record: Mapping[str, Any]) -> Key | None:
 
 
 def plain(record: Mapping[str, Any], where: str, sources: Sources | None = None) -> Mapping[str, Any] | str:
-    """The row in the plain schema; a row that is plain already as it is; for one that has to be left out, the reason."""
+    """The row in the plain schema, or the reason why it has to be left out; a plain row as it is."""
     if is_rl(record):
         return _rl(record, where, sources or Sources({}))
     if isinstance(record.get("messages"), list):
@@ -130,7 +150,9 @@ def domain_of(record: Mapping[str, Any], where: str) -> str | None:
         for part, domain in DATASETS.items():
             if part in name:
                 return domain
-    raise InputError(f"{where}: dataset {names[0]!r} (agent {names[1]!r}) is none of the blend's: {', '.join(DATASETS)}")
+    raise InputError(
+        f"{where}: dataset {names[0]!r} (agent {names[1]!r}) is none of the blend's: {', '.join(DATASETS)}"
+    )
 
 
 def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, Any] | str:
@@ -138,8 +160,10 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
     if domain is None:
         return "structured_outputs (no verifier)"
     parameters = record["responses_create_params"] or {}
-    messages = [{"role": "system" if m["role"] == "developer" else m["role"], "content": _text(m.get("content"))}
-                for m in parameters.get("input") or ()]
+    messages = [
+        {"role": "system" if m["role"] == "developer" else m["role"], "content": _text(m.get("content"))}
+        for m in parameters.get("input") or ()
+    ]
     out: dict[str, Any] = {"domain": domain}
     for key in ("id", "uuid", "hash_id"):
         if record.get(key) is not None:
@@ -147,12 +171,12 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
             break
     if domain == "math":
         answer: Any = record.get("expected_answer")
-        if key := placeholder(record):
+        if source := placeholder(record):
             mark = record["_hf_placeholder"]
             mark = json.loads(mark) if isinstance(mark, str) else mark
-            question, answer = _restore(sources.get(key, where), mark.get("question_template"), key, where)
+            question, answer = _restore(sources.get(source, where), mark.get("question_template"), source, where)
             messages = [m for m in messages if m["role"] == "system"] + [{"role": "user", "content": question}]
-            out["id"] = f"{key[0]}-{key[1]}"
+            out["id"] = f"{source[0]}-{source[1]}"
         answer = _first(answer)
         if not answer:
             return "math: empty answer"
@@ -170,12 +194,15 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
         kwargs = record.get("kwargs") or [None] * len(ids)
         if len(kwargs) != len(ids):
             raise InputError(f"{where}: kwargs must be as long as instruction_id_list, {len(kwargs)} and {len(ids)}")
-        out["constraints"] = [{"id": i, "kwargs": {k: v for k, v in (kw or {}).items() if v is not None}}
-                              for i, kw in zip(ids, kwargs)]
+        out["constraints"] = [
+            {"id": i, "kwargs": {k: v for k, v in (kw or {}).items() if v is not None}} for i, kw in zip(ids, kwargs)
+        ]
         messages = messages or [{"role": "user", "content": str(record.get("prompt") or "")}]
     else:
-        out |= {"tools": _decoded(parameters.get("tools"), "tools", where),
-                "ground_truth": _decoded(record.get("ground_truth"), "ground_truth", where)}
+        out |= {
+            "tools": _decoded(parameters.get("tools"), "tools", where),
+            "ground_truth": _decoded(record.get("ground_truth"), "ground_truth", where),
+        }
         out |= {k: record[k] for k in ("category",) if record.get(k) is not None}
     if not any(m["content"] for m in messages):
         raise InputError(f"{where}: responses_create_params.input holds no text")
@@ -189,8 +216,10 @@ def _restore(row: Mapping[str, Any], template: Any, key: Key, where: str) -> tup
     try:
         text, answer = row["prompt"][0]["content"], row["reward_model"]["ground_truth"]
     except (KeyError, IndexError, TypeError):
-        raise InputError(f"{where}: row {key[1]} of {key[0]} has no prompt[0].content and reward_model.ground_truth; is it "
-                         "the right file?") from None
+        raise InputError(
+            f"{where}: row {key[1]} of {key[0]} has no prompt[0].content and reward_model.ground_truth; is it "
+            "the right file?"
+        ) from None
     template = template or {}
     if key[0] == "dapo":
         if not text.startswith(_DAPO_HEAD) or _DAPO_TAIL not in text:
@@ -257,11 +286,18 @@ def _problem(row: Mapping[str, Any], key: Key, where: str) -> str:
     """The statement of a coding problem in its source's own fields."""
     text = row.get("question") or row.get("description")
     if not text:
-        raise InputError(f"{where}: row {key[1]} of {key[0]} has neither question nor description; is it the right file?")
+        raise InputError(
+            f"{where}: row {key[1]} of {key[0]} has neither question nor description; is it the right file?"
+        )
     if not key[0].startswith("codeforces"):
         return str(text)
     parts = [str(text)]
-    for heading, field in (("Input", "input_format"), ("Output", "output_format"), ("Examples", "examples"), ("Note", "note")):
+    for heading, field in (
+        ("Input", "input_format"),
+        ("Output", "output_format"),
+        ("Examples", "examples"),
+        ("Note", "note"),
+    ):
         if value := row.get(field):
             if isinstance(value, list):
                 value = "\n\n".join(f"Input\n{e.get('input', '')}\nOutput\n{e.get('output', '')}" for e in value)

@@ -37,11 +37,14 @@ def _download(repo, revision, wanted) -> list[Path]:
         if names:
             return [Path(hf_hub_download(repo, n, repo_type="dataset", revision=revision)) for n in names]
     except GatedRepoError:
-        raise InputError(f"dataset {repo} is gated: accept its terms at https://huggingface.co/datasets/{repo} and log in "
-                         f"(`hf auth login`), {local}") from None
+        raise InputError(
+            f"dataset {repo} is gated: accept its terms at https://huggingface.co/datasets/{repo} and log in "
+            f"(`hf auth login`), {local}"
+        ) from None
     except RepositoryNotFoundError:
-        raise InputError(f"dataset {repo} does not exist, or is private and you are not logged in (`hf auth login`); {local}"
-                         ) from None
+        raise InputError(
+            f"dataset {repo} does not exist, or is private and you are not logged in (`hf auth login`); {local}"
+        ) from None
     except RevisionNotFoundError:
         raise InputError(f"dataset {repo} has no {revision} on the hub; {local}") from None
     except HfHubHTTPError as error:
@@ -49,6 +52,7 @@ def _download(repo, revision, wanted) -> list[Path]:
         login = "log in (`hf auth login`) with an account that may read it, " if status in (401, 403) else ""
         raise InputError(f"dataset {repo}: the hub answered {status}; {login}{local}") from None
     except Exception as error:  # no network, offline mode, a full disk: the client's own classes differ by version
-        raise InputError(f"dataset {repo}: not downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); {local}"
-                         ) from None
+        raise InputError(
+            f"dataset {repo}: not downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); {local}"
+        ) from None
     raise InputError(f"dataset {repo} lacks the files that are needed at {revision}; {local}")

@@ -5,8 +5,8 @@
     repeats an earlier one, it shares 13 words in a row with a benchmark
 
 Bias, per domain: the balance of labels, and the score of the best constant answer: what a policy that never reads the
-prompt can earn. With `pass_rate` (or `reward`) in the rows, the rank correlation of length and reward: a policy learns to
-write long if long responses win.
+prompt can earn. With `pass_rate` (or `reward`) in the rows, the rank correlation of length and reward: a policy learns
+to write long if long responses win.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class DomainReport:
     examples: dict[str, str] = field(default_factory=dict)  # message -> where, of its first row
     prompt_chars: list[int] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)  # science letters, math answers, constant outputs of programs
-    rewards: list[tuple[int, float]] = field(default_factory=list)  # (length of response or prompt in characters, reward)
+    rewards: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (length of response or prompt in characters, reward)
 
     def note(self, kind: str, message: str, where: str) -> None:
         short = _SPECIFIC.sub("..", message)[:160]
@@ -69,11 +71,19 @@ class DomainReport:
     def as_dict(self) -> dict[str, Any]:
         answer, share = self.constant_score
         chars = np.array(self.prompt_chars or [0])
-        return {"rows": self.rows, "problems": {k: dict(v) for k, v in self.problems.items()}, "examples": self.examples,
-                "prompt_chars": {"median": float(np.median(chars)), "p95": float(np.percentile(chars, 95)),
-                                 "max": int(chars.max())},
-                "labels": dict(self.labels.most_common(12)), "best_constant": {"answer": answer, "score": share},
-                "length_reward_spearman": self.length_correlation}
+        return {
+            "rows": self.rows,
+            "problems": {k: dict(v) for k, v in self.problems.items()},
+            "examples": self.examples,
+            "prompt_chars": {
+                "median": float(np.median(chars)),
+                "p95": float(np.percentile(chars, 95)),
+                "max": int(chars.max()),
+            },
+            "labels": dict(self.labels.most_common(12)),
+            "best_constant": {"answer": answer, "score": share},
+            "length_reward_spearman": self.length_correlation,
+        }
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,14 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts + 1) / 2)[inverse]
 
 
-def examine(patterns: Sequence[str], report: dict[str, DomainReport], *, default_domain: str = "",
-            against: Index | None = None, tables_dir: str = "") -> Iterator[Finding]:
+def examine(
+    patterns: Sequence[str],
+    report: dict[str, DomainReport],
+    *,
+    default_domain: str = "",
+    against: Index | None = None,
+    tables_dir: str = "",
+) -> Iterator[Finding]:
     """Every row with its problems, in order; `report` fills as they pass."""
     seen: dict[bytes, str] = {}
     world = workplace.load_world(tables_dir) if tables_dir else None
@@ -145,8 +161,9 @@ def inspect(patterns: Sequence[str], **options: Any) -> dict[str, DomainReport]:
     return report
 
 
-def filter_rows(patterns: Sequence[str], out: Path, *, keep: Sequence[str] = (), **options: Any) -> tuple[
-        dict[str, DomainReport], int]:
+def filter_rows(
+    patterns: Sequence[str], out: Path, *, keep: Sequence[str] = (), **options: Any
+) -> tuple[dict[str, DomainReport], int]:
     """Write the rows without problems (of other kinds than `keep`) as JSONL; the report, and how many were written."""
     report: dict[str, DomainReport] = {}
     partial, written = out.with_name(f".{out.name}.partial"), 0
@@ -163,6 +180,18 @@ def filter_rows(patterns: Sequence[str], out: Path, *, keep: Sequence[str] = (),
 def prompt_text(row: Row) -> str:
     """What the user says, without system message or tools."""
     return row.prompt or "\n".join(str(m["content"]) for m in row.messages or () if m["role"] == "user")
+
+
+def prompt_texts(patterns: Sequence[str]) -> Iterator[str]:
+    """The user's side of every row that can be read."""
+    for path in files(patterns):
+        for where, raw in read_records(path):
+            try:
+                record = blend.plain(raw, where)
+                if not isinstance(record, str):
+                    yield prompt_text(normalise(record, where, "?"))
+            except InputError:
+                continue
 
 
 def _verifier_problems(row: Row, text: str, world: workplace.World | None) -> Iterator[tuple[str, str]]:

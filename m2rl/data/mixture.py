@@ -18,13 +18,13 @@ from m2rl.data.rows import Row, Shelf, files, normalise, positioned_records
 from m2rl.domains import check_spec, procedural
 from m2rl.types import InputError, Prompt
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------------------------
 
 TEMPLATE_TOKENS = 128  # of roles and tool instructions, at most
 
 
 class Encoder:
-    """Rows to tokens: the domain's system prompt and template, then the tokenizer's chat template, each exactly once."""
+    """Rows to tokens: the domain's system prompt and template, then the tokenizer's chat template, each once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, domains: Sequence[Domain] = ()):
         self.tokenizer, self.options = tokenizer, {d.name: d for d in domains}
@@ -66,7 +66,10 @@ class Encoder:
 
     def _render(self, messages: list[dict[str, Any]], generation: bool, where: str, tools: Any = None) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, tools=tools)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, tools=tools
+            )
+            return str(text)
         except Exception as error:  # the template is a program of the model's author: it may raise anything
             raise InputError(f"{where}: the tokenizer's chat template refused the messages: {error}") from None
 
@@ -83,7 +86,9 @@ class Encoder:
         if row.response is not None:
             messages.append({"role": "assistant", "content": row.response})
         if messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}: SFT needs messages that end with the assistant, they end with {messages[-1]['role']}")
+            raise InputError(
+                f"{where}: SFT needs messages that end with the assistant, they end with {messages[-1]['role']}"
+            )
         tools = row.spec.get("tools")
         full = self._render(messages, False, where, tools)
         tokens: list[int] = []
@@ -107,7 +112,7 @@ class Encoder:
         return tokens, trained
 
 
-# ---- sources ----------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
@@ -129,7 +134,9 @@ class FileSource:
 
     def row(self, index: int) -> Row:
         where = f"{self.domain} row {index}"
-        return normalise(dict(blend.plain(self.shelf[index], where)), where, self.domain)
+        record = blend.plain(self.shelf[index], where)
+        assert not isinstance(record, str)  # load_sources left such rows out
+        return normalise(record, where, self.domain)
 
     def prompt(self, index: int) -> Prompt:
         return self.encoder.prompt(self.row(index))
@@ -141,14 +148,16 @@ class FileSource:
 class ProceduralSource:
     """Generated problems of one embedded domain; demonstrations of mixed quality."""
 
-    size = None
+    size: int | None = None
 
     def __init__(self, domain: str, seed: int, encoder: Encoder, sloppy_scale: float = 1.0):
         self.domain, self.seed, self.encoder, self.sloppy_scale = domain, seed, encoder, sloppy_scale
 
     def prompt(self, index: int) -> Prompt:
         problem = procedural.problem(self.domain, self.seed, index)
-        return self.encoder.prompt(Row(f"{self.domain}/{problem.prompt}", self.domain, None, problem.prompt, None, problem.spec))
+        return self.encoder.prompt(
+            Row(f"{self.domain}/{problem.prompt}", self.domain, None, problem.prompt, None, problem.spec)
+        )
 
     def demonstration(self, index: int) -> tuple[list[int], list[bool]]:
         problem = procedural.problem(self.domain, self.seed, index)
@@ -166,12 +175,19 @@ class Loaded:
 
 def surely_short(row: Row, option: Domain, limit: int) -> bool:
     """Whether a prompt fits without asking a tokenizer: a token is at least one byte, and a chat template adds few."""
-    texts = [row.prompt, *(str(m["content"]) for m in row.messages or ()), json.dumps(row.spec.get("tools") or ""),
-             option.system_prompt, option.prompt_template]
+    texts = [
+        row.prompt,
+        *(str(m["content"]) for m in row.messages or ()),
+        json.dumps(row.spec.get("tools") or ""),
+        option.system_prompt,
+        option.prompt_template,
+    ]
     return sum(len(t) if t.isascii() else len(t.encode(errors="replace")) for t in texts) + TEMPLATE_TOKENS <= limit
 
 
-def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase, *, verifiable: bool) -> Loaded:
+def load_sources(
+    patterns: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase, *, verifiable: bool
+) -> Loaded:
     """All rows of the files by domain, over-long prompts counted and skipped, every spec checked when `verifiable`."""
     encoder = Encoder(tokenizer, config.domain)
     limit = config.rollout.max_prompt_tokens
@@ -179,8 +195,10 @@ def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedT
     if "procedural" in patterns:
         for domain in [d.name for d in config.domain] or list(procedural.DOMAINS):
             if domain not in procedural.DOMAINS:
-                raise InputError(f"data.train: no procedural problems for domain {domain!r} "
-                                 f"(there are: {', '.join(procedural.DOMAINS)})")
+                raise InputError(
+                    f"data.train: no procedural problems for domain {domain!r} "
+                    f"(there are: {', '.join(procedural.DOMAINS)})"
+                )
             sources[domain] = ProceduralSource(domain, config.seed, encoder, config.data.sloppy_scale)
     shelves: dict[str, Shelf] = {}
     skipped: Counter[str] = Counter()
@@ -212,12 +230,11 @@ def load_sources(patterns: Sequence[str], config: Config, tokenizer: PreTrainedT
     missing = [d.name for d in config.domain if d.name not in sources]
     if missing or not sources:
         what = f"no row of domain {', '.join(missing)}" if missing else "no usable row"
-        raise InputError(f"data: {what} in {', '.join(patterns)}"
-                         + (f" (skipped: {dict(skipped)})" if skipped else ""))
+        raise InputError(f"data: {what} in {', '.join(patterns)}" + (f" (skipped: {dict(skipped)})" if skipped else ""))
     return Loaded(sources, dict(skipped))
 
 
-# ---- mixture ----------------------------------------------------------------------------------------------------------
+# ---- mixture -------------------------------------------------------------------------------------------------------
 
 
 def quotas(domains: Sequence[Domain], sources: Mapping[str, Source], total: int) -> dict[str, int]:
@@ -261,7 +278,9 @@ class Mixture:
             return position
         epoch, place = divmod(position, size)
         if (domain, epoch) not in self._order:
-            key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{domain}/{epoch}".encode(), digest_size=16).digest(), "little")
+            key = int.from_bytes(
+                hashlib.blake2b(f"{self.seed}/{domain}/{epoch}".encode(), digest_size=16).digest(), "little"
+            )
             self._order = {k: v for k, v in self._order.items() if k[0] != domain or k[1] >= epoch - 1}
             self._order[domain, epoch] = np.random.Generator(np.random.Philox(key=key)).permutation(size)
         return int(self._order[domain, epoch][place])
@@ -278,8 +297,10 @@ def eval_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     out: list[Prompt] = []
     if "procedural" in config.data.eval:
         for domain in [d.name for d in config.domain] or procedural.DOMAINS:
-            for problem in procedural.eval_set(domain, config.evaluation.problems):
-                out.append(encoder.prompt(Row(f"{domain}/{problem.prompt}", domain, None, problem.prompt, None, problem.spec)))
+            out += [
+                encoder.prompt(Row(f"{domain}/{problem.prompt}", domain, None, problem.prompt, None, problem.spec))
+                for problem in procedural.eval_set(domain, config.evaluation.problems)
+            ]
     patterns = [p for p in config.data.eval if p != "procedural"]
     if patterns:
         loaded = load_sources(patterns, config, tokenizer, verifiable=True)

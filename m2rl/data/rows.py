@@ -126,11 +126,16 @@ def normalise(record: Mapping[str, Any], where: str, default_domain: str = "") -
     prompt, messages, response = record.get("prompt"), record.get("messages"), record.get("response")
     chat = messages if messages is not None else prompt if isinstance(prompt, list) else None
     if chat is not None:
-        ok = isinstance(chat, list) and chat and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in chat)
+        ok = (
+            isinstance(chat, list)
+            and chat
+            and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in chat)
+        )
         if not ok:
-            raise InputError(f"{where}: {'messages' if messages is not None else 'prompt'} must be a list of "
-                             "{role, content} messages")
+            raise InputError(
+                f"{where}: {'messages' if messages is not None else 'prompt'} must be a list of "
+                "{role, content} messages"
+            )
     elif not isinstance(prompt, str) or not prompt:
         raise InputError(f"{where}: key prompt must be a non-empty string or a list of messages, got {prompt!r}")
     if response is not None and not isinstance(response, str):
@@ -140,5 +145,11 @@ def normalise(record: Mapping[str, Any], where: str, default_domain: str = "") -
     if key is None:
         content = json.dumps([prompt, chat], sort_keys=True, default=str).encode()
         key = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return Row(f"{domain}/{key}", str(domain), tuple(chat) if chat is not None else None,
-               "" if chat is not None else str(prompt), response, spec)
+    return Row(
+        f"{domain}/{key}",
+        str(domain),
+        tuple(chat) if chat is not None else None,
+        "" if chat is not None else str(prompt),
+        response,
+        spec,
+    )

@@ -12,8 +12,9 @@ from m2rl.evaluate import Evaluator, bootstrap_ci, evaluate_model, majority, pas
 from m2rl.policy import Policy, load_model
 from m2rl.types import InputError, Prompt, Sample
 
-SMALL = Config(rollout=Rollout(max_prompt_tokens=40, max_new_tokens=8, max_sequences=32),
-               evaluation=Evaluation(k=2, problems=4))
+SMALL = Config(
+    rollout=Rollout(max_prompt_tokens=40, max_new_tokens=8, max_sequences=32), evaluation=Evaluation(k=2, problems=4)
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +45,21 @@ def test_a_missing_reward_counts_as_zero():
     assert score([sample("a", float("nan")), sample("a", 1)])["math"].avg_at_k == 0.5
 
 
-@pytest.mark.parametrize(("answers", "rewards", "want"), [
-    (["4", "4", "5"], [1, 1, 0], 1.0),
-    (["4", "5", "5"], [1, 0, 0], 0.0),
-    (["4", "5"], [1, 0], 1.0),  # a tie: the first
-    ([None, "5", "5"], [0, 1, 1], 1.0),
-    ([None, None], [0, 0], 0.0),
-])
+@pytest.mark.parametrize(
+    ("answers", "rewards", "want"),
+    [
+        (["4", "4", "5"], [1, 1, 0], 1.0),
+        (["4", "5", "5"], [1, 0, 0], 0.0),
+        (["4", "5"], [1, 0], 1.0),  # a tie: the first
+        ([None, "5", "5"], [0, 1, 1], 1.0),
+        ([None, None], [0, 0], 0.0),
+    ],
+)
 def test_majority_is_the_reward_of_the_most_frequent_answer(answers, rewards, want):
-    group = [sample("a", r, "" if a is None else f"so \\boxed{{{a}}}", index=i)
-             for i, (a, r) in enumerate(zip(answers, rewards))]
+    group = [
+        sample("a", r, "" if a is None else f"so \\boxed{{{a}}}", index=i)
+        for i, (a, r) in enumerate(zip(answers, rewards))
+    ]
     assert majority(group) == want
 
 

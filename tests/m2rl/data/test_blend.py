@@ -25,13 +25,25 @@ def read(path):
 
 @pytest.fixture
 def rl_blend(tmp_path):
-    rows = [blend_rows.dapo_row(3), blend_rows.skywork_row(2), blend_rows.code_row(7), blend_rows.science_row(),
-            blend_rows.if_row(), blend_rows.agent_row(), blend_rows.dropped_row(), blend_rows.skywork_row(0),
-            blend_rows.rl("dapo17k", "What is 1 + 1?", expected_answer="2")]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(blend_rows.dapo_source(9)), tmp_path / "dapo.parquet", row_group_size=2)
+    rows = [
+        blend_rows.dapo_row(3),
+        blend_rows.skywork_row(2),
+        blend_rows.code_row(7),
+        blend_rows.science_row(),
+        blend_rows.if_row(),
+        blend_rows.agent_row(),
+        blend_rows.dropped_row(),
+        blend_rows.skywork_row(0),
+        blend_rows.rl("dapo17k", "What is 1 + 1?", expected_answer="2"),
+    ]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(blend_rows.dapo_source(9)), tmp_path / "dapo.parquet", row_group_size=2
+    )
     write(tmp_path / "skywork.jsonl", blend_rows.skywork_source(5))
-    return write(tmp_path / "train.jsonl", rows), [f"--source=dapo={tmp_path}/dapo.parquet",
-                                                   f"--source=skywork={tmp_path}/skywork.jsonl"]
+    return write(tmp_path / "train.jsonl", rows), [
+        f"--source=dapo={tmp_path}/dapo.parquet",
+        f"--source=skywork={tmp_path}/skywork.jsonl",
+    ]
 
 
 def test_convert_writes_one_plain_file_per_domain(rl_blend, tmp_path, capsys):
@@ -41,14 +53,18 @@ def test_convert_writes_one_plain_file_per_domain(rl_blend, tmp_path, capsys):
     rows = {name: read(tmp_path / "out" / f"{name}.jsonl") for name in ("math", "code", "science", "if", "agent")}
     assert [r["answer"] for r in rows["math"]] == ["6", "4", "2"]
     assert [r["prompt"][0]["content"] for r in rows["math"]] == [
-        "What is 3 + 3?\n\nBox the answer.", "Think, then box.\n\nFind 2 squared.", "What is 1 + 1?"]
+        "What is 3 + 3?\n\nBox the answer.",
+        "Think, then box.\n\nFind 2 squared.",
+        "What is 1 + 1?",
+    ]
     assert rows["code"][0]["tests"] == {"inputs": ["1\n", "2\n"], "outputs": ["7\n", "14\n"]}
     science = rows["science"][0]
     assert science["options"] == {"A": "helium", "B": "neon 0", "C": "argon"}
     assert science["output_regex"] == r"Answer:\s*([A-C])"
     assert rows["if"][0]["constraints"] == [
         {"id": "punctuation:no_comma", "kwargs": {}},
-        {"id": "length_constraints:number_words", "kwargs": {"num_words": 9, "relation": "at least"}}]
+        {"id": "length_constraints:number_words", "kwargs": {"num_words": 9, "relation": "at least"}},
+    ]
     assert rows["agent"][0]["tools"][0]["name"] == "email_send_email"
     assert rows["agent"][0]["ground_truth"][0]["arguments"] == '{"recipient": "a@example.com"}'
     counts = json.loads((tmp_path / "out" / "convert.json").read_text())
@@ -73,15 +89,24 @@ def test_an_unresolved_placeholder_is_refused(rl_blend, tmp_path):
         main(["convert", path, "--out", str(tmp_path / "out"), sources[1]])
     assert not list((tmp_path / "out").glob("*.jsonl"))
     assert main(["convert", path, "--out", str(tmp_path / "out"), sources[1], "--drop-unresolved"]) == 0
-    assert json.loads((tmp_path / "out" / "convert.json").read_text())["dropped"]["placeholder of dapo without --source"] == 1
+    assert (
+        json.loads((tmp_path / "out" / "convert.json").read_text())["dropped"]["placeholder of dapo without --source"]
+        == 1
+    )
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    (blend_rows.dapo_row(99), "has no row 99, which the blend asks for"),
-    (blend_rows.rl("poems", "hi"), "is none of the blend's"),
-    (blend_rows.rl("instruction_following", "hi", instruction_id_list=["a"], kwargs=[None, None]), "kwargs must be as long"),
-    (blend_rows.rl("stem_mcqa", "", expected_answer="A", options=[{"A": "x"}]), "holds no text"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (blend_rows.dapo_row(99), "has no row 99, which the blend asks for"),
+        (blend_rows.rl("poems", "hi"), "is none of the blend's"),
+        (
+            blend_rows.rl("instruction_following", "hi", instruction_id_list=["a"], kwargs=[None, None]),
+            "kwargs must be as long",
+        ),
+        (blend_rows.rl("stem_mcqa", "", expected_answer="A", options=[{"A": "x"}]), "holds no text"),
+    ],
+)
 def test_bad_rows_name_themselves(row, message, tmp_path):
     source = write(tmp_path / "dapo.jsonl", blend_rows.dapo_source(3))
     with pytest.raises(InputError, match=message):
@@ -102,8 +127,10 @@ def test_rows_without_a_known_dataset_are_told_by_their_agent():
     assert blend.plain(record, "f:1")["domain"] == "science"
 
 
-@pytest.mark.parametrize(("given", "want"), [
-    ('["7", "8"]', "7"), ("[]", ""), (["7"], "7"), ("[0, 1)", "[0, 1)"), ("[0, 1]", "[0, 1]"), (12, "12"), (None, "")])
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [('["7", "8"]', "7"), ("[]", ""), (["7"], "7"), ("[0, 1)", "[0, 1)"), ("[0, 1]", "[0, 1]"), (12, "12"), (None, "")],
+)
 def test_answers(given, want):
     assert blend._first(given) == want
 
@@ -118,12 +145,26 @@ def test_sft_rows_become_what_chat_templates_take():
 
 
 def test_sft_coding_placeholders_are_restored_from_their_source(tmp_path):
-    path = write(tmp_path / "code.jsonl", [
-        blend_rows.sft_row("-", dataset="BAAI/TACO", split="train", index="1"),
-        blend_rows.sft_row("-", dataset="open-r1/codeforces", split="test", index=0)])
+    path = write(
+        tmp_path / "code.jsonl",
+        [
+            blend_rows.sft_row("-", dataset="BAAI/TACO", split="train", index="1"),
+            blend_rows.sft_row("-", dataset="open-r1/codeforces", split="test", index=0),
+        ],
+    )
     taco = write(tmp_path / "taco.jsonl", [{"question": "first"}, {"question": "second"}])
-    forces = write(tmp_path / "cf.jsonl", [{"description": "Sum.", "input_format": "Two numbers.", "output_format": "One.",
-                                            "examples": [{"input": "1 2", "output": "3"}], "note": None}])
+    forces = write(
+        tmp_path / "cf.jsonl",
+        [
+            {
+                "description": "Sum.",
+                "input_format": "Two numbers.",
+                "output_format": "One.",
+                "examples": [{"input": "1 2", "output": "3"}],
+                "note": None,
+            }
+        ],
+    )
     sources = [f"--source=taco/train={taco}", f"--source=codeforces/test={forces}"]
     with pytest.raises(InputError, match="placeholder for row 0 of codeforces/test"):
         main(["convert", path, "--out", str(tmp_path / "o"), "--domain", "code", sources[0]])

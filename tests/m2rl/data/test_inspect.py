@@ -17,8 +17,15 @@ LONG = "A farmer has seventeen sheep and buys four more every week until the bar
 @pytest.fixture
 def rows(tmp_path):
     made = [
-        {"domain": "science", "prompt": f"Question {i}?", "answer": "C", "options": ["A", "B", "C"], "pass_rate": i / 10}
-        for i in range(6)]
+        {
+            "domain": "science",
+            "prompt": f"Question {i}?",
+            "answer": "C",
+            "options": ["A", "B", "C"],
+            "pass_rate": i / 10,
+        }
+        for i in range(6)
+    ]
     made += [
         {"domain": "science", "prompt": "Question 0?", "answer": "A", "options": ["A", "B", "C"]},  # a repeat
         {"domain": "science", "prompt": "Which?", "answer": "D", "options": ["A", "B"]},  # unverifiable
@@ -27,7 +34,11 @@ def rows(tmp_path):
         {"domain": "math", "prompt": "1+1?"},  # unverifiable: no answer
         {"domain": "math", "prompt": "half \ud83d", "answer": "1"},  # unreadable
         {"domain": "math", "prompt": 7, "answer": "1"},  # unreadable
-        {"domain": "if", "prompt": "Write.", "constraints": [{"id": "punctuation:no_comma", "kwargs": {}}]},  # "foo" wins
+        {
+            "domain": "if",
+            "prompt": "Write.",
+            "constraints": [{"id": "punctuation:no_comma", "kwargs": {}}],
+        },  # "foo" wins
         {"domain": "if", "prompt": "Tell.", "constraints": [{"id": "no:such", "kwargs": {}}]},
         {"domain": "code", "prompt": "Say yes.", "tests": {"inputs": ["1", "2"], "outputs": ["YES", "YES\n"]}},
         {"domain": "code", "prompt": "Square.", "tests": {"inputs": ["1", "2"], "outputs": ["1", "4"]}},
@@ -38,11 +49,17 @@ def rows(tmp_path):
 
 
 def test_every_problem_is_counted_once_under_its_kind(rows, tmp_path):
-    (tmp_path / "aime.jsonl").write_text(json.dumps({"problem": LONG.replace("; how", " -- HOW"), "answer": "19"}) + "\n")
+    (tmp_path / "aime.jsonl").write_text(
+        json.dumps({"problem": LONG.replace("; how", " -- HOW"), "answer": "19"}) + "\n"
+    )
     report = inspect([rows], against=benchmark_index({"aime24": str(tmp_path / "aime.jsonl")}))
     counted = {d: {k: sum(c.values()) for k, c in r.problems.items()} for d, r in report.items()}
-    assert counted == {"science": {"duplicate": 1, "unverifiable": 1}, "if": {"lint": 1, "unverifiable": 1}, "code": {},
-                       "math": {"duplicate": 1, "overlap": 1, "unverifiable": 1, "unreadable": 2}}
+    assert counted == {
+        "science": {"duplicate": 1, "unverifiable": 1},
+        "if": {"lint": 1, "unverifiable": 1},
+        "code": {},
+        "math": {"duplicate": 1, "overlap": 1, "unverifiable": 1, "unreadable": 2},
+    }
     assert "shares .. words with aime24" in report["math"].problems["overlap"]
     assert "the prompt repeats an earlier one of domain science" in report["math"].problems["duplicate"]
     assert next(iter(report["if"].examples.values())).endswith("rows.jsonl:14")
@@ -58,8 +75,12 @@ def test_bias_shows_as_balance_constant_answer_and_length(rows):
 
 def test_length_against_reward_is_spearmans(tmp_path):
     path = tmp_path / "r.jsonl"
-    path.write_text("".join(json.dumps({"domain": "math", "prompt": f"q{i}", "answer": "1", "response": "x" * n, "reward": r}) +
-                            "\n" for i, (n, r) in enumerate([(1, 0), (9, 0), (20, 1), (500, 1)])))
+    path.write_text(
+        "".join(
+            json.dumps({"domain": "math", "prompt": f"q{i}", "answer": "1", "response": "x" * n, "reward": r}) + "\n"
+            for i, (n, r) in enumerate([(1, 0), (9, 0), (20, 1), (500, 1)])
+        )
+    )
     assert inspect([str(path)])["math"].length_correlation == pytest.approx(2 / np.sqrt(5), abs=1e-9)
 
 
@@ -70,7 +91,10 @@ def test_the_filter_writes_the_rows_without_problems(rows, tmp_path, capsys):
     assert [r["prompt"] for r in kept if r["domain"] == "science"] == [f"Question {i}?" for i in range(6)]
     assert sum(r["domain"] == "math" for r in kept) == 1 and not any(r["domain"] == "if" for r in kept)
     assert f"{len(kept)} of 17 rows written" in capsys.readouterr().out
-    assert json.loads((tmp_path / "report.json").read_text())["science"]["best_constant"] == {"answer": "C", "score": 0.75}
+    assert json.loads((tmp_path / "report.json").read_text())["science"]["best_constant"] == {
+        "answer": "C",
+        "score": 0.75,
+    }
     again = inspect([str(out)])
     assert not any(r.problems for r in again.values())
     main(["inspect", rows, "--filter", str(out), "--keep", "lint,duplicate"])

@@ -21,10 +21,17 @@ def write(path, rows):
 
 
 def test_blend_files_train_directly(tmp_path):
-    rows = [blend_rows.science_row(i) for i in range(4)] + [blend_rows.dropped_row(), blend_rows.code_row(),
-            blend_rows.rl("dapo17k", "What is 1+1?", expected_answer="2")]
-    loaded = load_sources([write(tmp_path / "train.jsonl", rows)], Config(rollout=Rollout(max_prompt_tokens=512)), TOKENIZER,
-                          verifiable=True)
+    rows = [blend_rows.science_row(i) for i in range(4)] + [
+        blend_rows.dropped_row(),
+        blend_rows.code_row(),
+        blend_rows.rl("dapo17k", "What is 1+1?", expected_answer="2"),
+    ]
+    loaded = load_sources(
+        [write(tmp_path / "train.jsonl", rows)],
+        Config(rollout=Rollout(max_prompt_tokens=512)),
+        TOKENIZER,
+        verifiable=True,
+    )
     assert {d: s.size for d, s in loaded.sources.items()} == {"science": 4, "code": 1, "math": 1}
     assert loaded.skipped == {"structured_outputs (no verifier)": 1}
     assert loaded.sources["science"].prompt(2).spec["options"]["B"] == "neon 2"
@@ -32,7 +39,9 @@ def test_blend_files_train_directly(tmp_path):
 
 def test_an_unresolved_placeholder_says_what_to_do(tmp_path):
     path = write(tmp_path / "train.jsonl", [blend_rows.skywork_row(4)])
-    with pytest.raises(InputError, match=r"train.jsonl:1: a placeholder for row 4 of skywork; restore it first: python -m m2rl"):
+    with pytest.raises(
+        InputError, match=r"train.jsonl:1: a placeholder for row 4 of skywork; restore it first: python -m m2rl"
+    ):
         load_sources([path], Config(), TOKENIZER, verifiable=True)
 
 
