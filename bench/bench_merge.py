@@ -1,10 +1,13 @@
 """Merging against mergekit, whole process, same checkpoints, in one run; and the kernels alone against torch eager.
 
-    python bench/bench_merge.py --peer-python /path/to/peers/bin/python --out bench/results/merge-cpu.json     (whole process)
+    python bench/bench_merge.py --peer-python /path/to/peers/bin/python --out bench/results/merge-cpu.json     (whole
+    process)
     pytest bench/bench_merge.py --benchmark-enable                                                             (kernels)
 
-A generator makes a Qwen3-0.6B-shaped base (596,049,920 parameters, bfloat16, tied) and four experts. Every command runs alone, with
-OMP_WAIT_POLICY=passive; wall, CPU seconds and peak anonymous memory are those of the process and its children. The IO floor is
+A generator makes a Qwen3-0.6B-shaped base (596,049,920 parameters, bfloat16, tied) and four experts. Every command
+runs alone, with
+OMP_WAIT_POLICY=passive; wall, CPU seconds and peak anonymous memory are those of the process and its children. The IO
+floor is
 (bytes read + written) over bandwidths measured in the same run.
 """
 
@@ -42,16 +45,25 @@ METHODS = {  # ours -> (our flags, mergekit's method, its parameters)
 
 # ---- the checkpoints ----
 
+
 def tensor_shapes(s: dict[str, int]) -> dict[str, tuple[int, ...]]:
     h, q, kv = s["hidden"], s["heads"] * s["head_dim"], s["kv"] * s["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s["vocab"], h)}
     for i in range(s["layers"]):
         p = f"model.layers.{i}."
-        shapes |= {p + "self_attn.q_proj.weight": (q, h), p + "self_attn.k_proj.weight": (kv, h), p + "self_attn.v_proj.weight": (kv, h),
-                   p + "self_attn.o_proj.weight": (h, q), p + "self_attn.q_norm.weight": (s["head_dim"],),
-                   p + "self_attn.k_norm.weight": (s["head_dim"],), p + "mlp.gate_proj.weight": (s["intermediate"], h),
-                   p + "mlp.up_proj.weight": (s["intermediate"], h), p + "mlp.down_proj.weight": (h, s["intermediate"]),
-                   p + "input_layernorm.weight": (h,), p + "post_attention_layernorm.weight": (h,)}
+        shapes |= {
+            p + "self_attn.q_proj.weight": (q, h),
+            p + "self_attn.k_proj.weight": (kv, h),
+            p + "self_attn.v_proj.weight": (kv, h),
+            p + "self_attn.o_proj.weight": (h, q),
+            p + "self_attn.q_norm.weight": (s["head_dim"],),
+            p + "self_attn.k_norm.weight": (s["head_dim"],),
+            p + "mlp.gate_proj.weight": (s["intermediate"], h),
+            p + "mlp.up_proj.weight": (s["intermediate"], h),
+            p + "mlp.down_proj.weight": (h, s["intermediate"]),
+            p + "input_layernorm.weight": (h,),
+            p + "post_attention_layernorm.weight": (h,),
+        }
     return shapes | {"model.norm.weight": (h,)}
 
 
@@ -60,10 +72,23 @@ def generate(folder: Path, shape: dict[str, int] = SHAPE) -> None:
     from m2rl.safetensors_io import SINGLE, plan_layout
 
     shapes = tensor_shapes(shape)
-    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": shape["hidden"], "num_hidden_layers": shape["layers"],
-              "intermediate_size": shape["intermediate"], "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv"],
-              "head_dim": shape["head_dim"], "vocab_size": shape["vocab"], "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-              "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "rope_theta": 1000000, "hidden_act": "silu"}
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": shape["hidden"],
+        "num_hidden_layers": shape["layers"],
+        "intermediate_size": shape["intermediate"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv"],
+        "head_dim": shape["head_dim"],
+        "vocab_size": shape["vocab"],
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000,
+        "hidden_act": "silu",
+    }
     layout = plan_layout([(n, "BF16", s) for n, s in shapes.items()], 1 << 62)
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(1 << 24, dtype=np.float32)
@@ -80,12 +105,14 @@ def generate(folder: Path, shape: dict[str, int] = SHAPE) -> None:
         (folder / name / "config.json").write_text(json.dumps(config, indent=1))
         files.append(open(folder / name / SINGLE, "wb"))  # noqa: SIM115
         files[-1].write(layout.headers[SINGLE])
-    for name, dims in shapes.items():
+    for dims in shapes.values():
         n = int(np.prod(dims))
         base = np.ones(n, np.float32) if len(dims) == 1 else draw(pool, n) * 0.02
         base = from_bf16(to_bf16(base))
         files[0].write(to_bf16(base).tobytes())
-        for k, (sigma, share) in enumerate([(1e-3, 0.2), (2e-3, 0.05), (3e-4, 1.0), (1e-3 if len(dims) == 2 else 0.0, 1.0)]):
+        for k, (sigma, share) in enumerate(
+            [(1e-3, 0.2), (2e-3, 0.05), (3e-4, 1.0), (1e-3 if len(dims) == 2 else 0.0, 1.0)]
+        ):
             delta = draw(pool, n) * np.float32(sigma)
             if share < 1:
                 delta *= draw(coin, n) < share
@@ -104,6 +131,7 @@ def from_bf16(x: np.ndarray) -> np.ndarray:
 
 
 # ---- whole processes ----
+
 
 def measure(command: list[str], env: dict[str, str]) -> dict[str, float]:
     """Wall and CPU seconds, peak anonymous and resident MiB of one command (sampled every 5 ms)."""
@@ -133,8 +161,14 @@ def measure(command: list[str], env: dict[str, str]) -> dict[str, float]:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{output[-2000:]}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": wall, "cpu_s": cpu, "user_s": after.ru_utime - before.ru_utime, "anon_mib": peak["RssAnon"] / 1024,
-            "rss_mib": peak["VmHWM"] / 1024, "others_cpu_s": max(0.0, cpu_ticks() - others - cpu)}
+    return {
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "user_s": after.ru_utime - before.ru_utime,
+        "anon_mib": peak["RssAnon"] / 1024,
+        "rss_mib": peak["VmHWM"] / 1024,
+        "others_cpu_s": max(0.0, cpu_ticks() - others - cpu),
+    }
 
 
 def cpu_ticks() -> float:
@@ -173,7 +207,11 @@ def bandwidths(folder: Path, read: Path) -> dict[str, float]:
         (folder / "bandwidth").unlink()
         return rate
 
-    return {"read_gbs": max(scan() for _ in range(3)), "write_gbs": max(write(False) for _ in range(3)), "write_sync_gbs": max(write(True) for _ in range(3))}
+    return {
+        "read_gbs": max(scan() for _ in range(3)),
+        "write_gbs": max(write(False) for _ in range(3)),
+        "write_sync_gbs": max(write(True) for _ in range(3)),
+    }
 
 
 def peer_config(folder: Path, method: str, parameters: dict[str, float]) -> Path:
@@ -182,8 +220,12 @@ def peer_config(folder: Path, method: str, parameters: dict[str, float]) -> Path
     shared = {k: v for k, v in parameters.items() if k in ("lambda", "select_topk")}
     own = {"weight": 1.0 if method != "sce" else None, **{k: v for k, v in parameters.items() if k not in shared}}
     own = {k: v for k, v in own.items() if v is not None}
-    config: dict[str, object] = {"merge_method": method, "dtype": "bfloat16", "parameters": shared,
-                                 "models": [{"model": str(folder / f"e{k}"), "parameters": own} for k in range(4)]}
+    config: dict[str, object] = {
+        "merge_method": method,
+        "dtype": "bfloat16",
+        "parameters": shared,
+        "models": [{"model": str(folder / f"e{k}"), "parameters": own} for k in range(4)],
+    }
     if method != "linear":
         config["base_model"] = str(folder / "base")
     path = folder / f"{method}.yml"
@@ -199,15 +241,34 @@ def whole_process(args: argparse.Namespace) -> None:
     env = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     size = (folder / "base" / "model.safetensors").stat().st_size
     result: dict[str, object] = {
-        "date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}", "python": sys.version.split()[0],
-        "model": "Qwen3-0.6B shape, 596049920 parameters, bfloat16, 4 experts", "command": "bench/bench_merge.py " + " ".join(args.shown),
-        "bandwidth": bandwidths(folder, folder / "base" / "model.safetensors"), "bytes_per_model": size}
+        "date": str(date.today()),
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "python": sys.version.split()[0],
+        "model": "Qwen3-0.6B shape, 596049920 parameters, bfloat16, 4 experts",
+        "command": "bench/bench_merge.py " + " ".join(args.shown),
+        "bandwidth": bandwidths(folder, folder / "base" / "model.safetensors"),
+        "bytes_per_model": size,
+    }
     rows: dict[str, dict[str, object]] = {}
     result["methods"] = rows
     for method in args.methods:
         flags, peer_method, parameters = METHODS[method]
-        command = [sys.executable, "-m", "m2rl.merge", "--base", str(folder / "base"), "--experts", *(str(folder / f"e{k}") for k in range(4)),
-                   "--method", method.split("-")[0], *flags, "--out", str(folder / "ours"), "--overwrite", *([] if args.sync else ["--no-sync"])]
+        command = [
+            sys.executable,
+            "-m",
+            "m2rl.merge",
+            "--base",
+            str(folder / "base"),
+            "--experts",
+            *(str(folder / f"e{k}") for k in range(4)),
+            "--method",
+            method.split("-")[0],
+            *flags,
+            "--out",
+            str(folder / "ours"),
+            "--overwrite",
+            *([] if args.sync else ["--no-sync"]),
+        ]
         ours, peers = [], []
         for _ in range(args.repeat):
             ours.append(measure(command, env))
@@ -221,7 +282,9 @@ def whole_process(args: argparse.Namespace) -> None:
         reads = 4 if method == "average" else 5
         band = result["bandwidth"]
         assert isinstance(band, dict)
-        floor = reads * size / band["read_gbs"] / 1e9 + size / band["write_sync_gbs" if args.sync else "write_gbs"] / 1e9
+        floor = (
+            reads * size / band["read_gbs"] / 1e9 + size / band["write_sync_gbs" if args.sync else "write_gbs"] / 1e9
+        )
         row: dict[str, object] = {"ours": middle(ours), "io_floor_s": floor}
         if peers:
             row["mergekit"] = middle(peers)
@@ -286,7 +349,9 @@ def test_bench_merge(benchmark, method, provider):
     if method not in ("ties", "dare_linear"):  # no ties at the threshold, no randomness: the same numbers
         wrong = (ours() != eager(method, base, experts)).float().mean()
         assert wrong < 1e-3, wrong
-    benchmark.extra_info.update(elements=N, experts=K, dtype="bfloat16", floor_bytes=(K + 2 - (method == "average")) * 2 * N)
+    benchmark.extra_info.update(
+        elements=N, experts=K, dtype="bfloat16", floor_bytes=(K + 2 - (method == "average")) * 2 * N
+    )
     benchmark.pedantic(ours if provider == "ours" else lambda: eager(method, base, experts), rounds=7, warmup_rounds=2)
 
 
@@ -301,8 +366,12 @@ def main() -> None:
     p.add_argument("--keep", action="store_true", help="keep the checkpoints")
     p.add_argument("--out", help="JSON file for the result")
     args = p.parse_args()
-    args.shown = [f"--methods {' '.join(args.methods)}", f"--repeat {args.repeat}", f"--peer-repeat {args.peer_repeat}",
-                  *([] if args.sync else ["--no-sync"])]
+    args.shown = [
+        f"--methods {' '.join(args.methods)}",
+        f"--repeat {args.repeat}",
+        f"--peer-repeat {args.peer_repeat}",
+        *([] if args.sync else ["--no-sync"]),
+    ]
     whole_process(args)
 
 

@@ -2,11 +2,14 @@
 
     python -m m2rl.merge --base DIR --experts A B C D --method ties --density 0.2 --out DIR
 
-One pass over the inputs per statistic the method needs (thresholds, energies), one pass that writes. Inputs are mapped, outputs
-preallocated and written at their final place, in a folder beside `--out` that is renamed when complete: an interrupted merge
+One pass over the inputs per statistic the method needs (thresholds, energies), one pass that writes. Inputs are
+mapped, outputs
+preallocated and written at their final place, in a folder beside `--out` that is renamed when complete: an
+interrupted merge
 leaves no half checkpoint, and `--resume` continues it. Methods and formulas: `m2rl_kernels.merge_passes.METHODS`.
 
-Python: `merge(base, experts, method="ties", density=0.2, out="DIR")` on folders, or on state dicts or modules (in memory).
+Python: `merge(base, experts, method="ties", density=0.2, out="DIR")` on folders, or on state dicts or modules (in
+memory).
 """
 
 from __future__ import annotations
@@ -136,7 +139,8 @@ def _check_names(donor: Checkpoint, other: Checkpoint) -> None:
     for name, have, lack in [*((n, donor, other) for n in missing), *((n, other, donor) for n in extra)]:
         if name.startswith("lm_head") or name.endswith("embed_tokens.weight"):
             raise InputError(
-                f"{name} is in {have.source} but not in {lack.source}: one ties the output head to the embedding and the "
+                f"{name} is in {have.source} but not in {lack.source}: one ties the output head to the embedding "
+                f"and the "
                 f"other does not (tie_word_embeddings: {have.config.get('tie_word_embeddings')} and "
                 f"{lack.config.get('tie_word_embeddings')}); save both the same way"
             )
@@ -154,7 +158,8 @@ def _check_tensor(donor: Checkpoint, other: Checkpoint, a: TensorInfo, b: Tensor
             and ("embed" in a.name or "lm_head" in a.name)
         ):
             raise InputError(
-                f"{a.name}: vocabulary sizes differ by {abs(a.shape[0] - b.shape[0])} rows ({a.shape[0]} in {donor.source}, "
+                f"{a.name}: vocabulary sizes differ by {abs(a.shape[0] - b.shape[0])} rows ({a.shape[0]} in "
+                f"{donor.source}, "
                 f"{b.shape[0]} in {other.source}); resize one to the other first"
             )
         raise InputError(f"{a.name} has shape {list(a.shape)} in {donor.source} and {list(b.shape)} in {other.source}")
@@ -293,17 +298,15 @@ def open_output(
         need = layout.bytes + (64 << 20 if layout.bytes > 64 << 20 else 1 << 20) - held
         if free < need:
             raise InputError(
-                f"{folder.parent} has {free / 1e9:.2f} GB free, the merge needs {need / 1e9:.2f} GB: nothing was written"
+                f"{folder.parent} has {free / 1e9:.2f} GB free, the merge needs {need / 1e9:.2f} GB: nothing was "
+                f"written"
             )
         partial.mkdir(exist_ok=True)
         journal = Journal(partial, fingerprint)
         done = journal.finished() if resume else None
         if existed and done is None:
-            print(
-                f"{'the unfinished merge in ' + str(partial) + ' is a different one' if resume else 'an unfinished merge was found'}: "
-                "starting over",
-                file=sys.stderr,
-            )
+            found = f"the unfinished merge in {partial} is a different one" if resume else "found an unfinished merge"
+            print(f"{found}: starting over", file=sys.stderr)
         if done is None:
             for stale in partial.glob("*.safetensors"):
                 stale.unlink()
@@ -395,8 +398,9 @@ class Progress:
             self.last = now
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1)
+            share, clock = 100 * self.done / self.total, f"{int(left) // 60}:{int(left) % 60:02d}"
             print(
-                f"\r{100 * self.done / self.total:3.0f} %  {rate / 1e9:5.2f} GB/s  {int(left) // 60}:{int(left) % 60:02d} left  {label[:60]:60s}",
+                f"\r{share:3.0f} %  {rate / 1e9:5.2f} GB/s  {clock} left  {label[:60]:60s}",
                 end="",
                 file=sys.stderr,
                 flush=True,
@@ -499,7 +503,8 @@ def _apply(inputs: Inputs, tensors: Tensors, output: Output, statistics: Statist
     _check_finite(inputs, tensors, report.nonfinite)
     for t in np.flatnonzero(report.overflow).tolist():
         raise InputError(
-            f"{tensors.names[t]}: {report.overflow[t]} merged elements overflow {output.layout.dtypes[tensors.names[t]]}; "
+            f"{tensors.names[t]}: {report.overflow[t]} merged elements overflow "
+            f"{output.layout.dtypes[tensors.names[t]]}; "
             "choose a wider --dtype"
         )
     for t, name in enumerate(tensors.names):
@@ -543,7 +548,8 @@ def _copy(inputs: Inputs, name: str, output: Output) -> None:
     for other in inputs.all:
         if not np.array_equal(other.bytes(name), data):
             raise InputError(
-                f"{name} ({inputs.info(name).dtype}) is not a float tensor and differs between {inputs.donor.source} and {other.source}"
+                f"{name} ({inputs.info(name).dtype}) is not a float tensor and differs between "
+                f"{inputs.donor.source} and {other.source}"
             )
     output.writer.write(name, data)
 
@@ -560,9 +566,8 @@ def _summary(inputs: Inputs, output: Output) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(inputs.merged):
             info, entry = checkpoint.tensors[name], output.done[name]
-            digest.update(
-                f"{name} {info.dtype} {list(info.shape)} {entry['checksum'][i] if len(entry['checksum']) > 1 else ''}\n".encode()
-            )
+            part = entry["checksum"][i] if len(entry["checksum"]) > 1 else ""
+            digest.update(f"{name} {info.dtype} {list(info.shape)} {part}\n".encode())
         read = len(with_counts) == len(entries) and (i > 0 or output.recipe.needs_base)
         model = {"source": checkpoint.source, "content": digest.hexdigest() if read else "not read"}
         if i and read and output.recipe.needs_base and total:
@@ -662,7 +667,8 @@ def card(inputs: Inputs, r: Recipe, record: Mapping[str, Any]) -> str:
         json.dumps(record["recipe"], indent=2, default=str),
         "```",
         "",
-        "The content checksum is a 64-bit checksum per tensor, hashed over names, types and shapes: it does not depend on sharding, "
+        "The content checksum is a 64-bit checksum per tensor, hashed over names, types and shapes: it does not "
+        "depend on sharding, "
         "and is not cryptographic.",
         "",
     ]
@@ -690,12 +696,15 @@ def merge(
 ) -> Any:
     """Merge `experts` onto `base`.
 
-    base, experts: folders or cached hub ids (then `out` is required; returns its path), or state dicts or modules (returns a new state
+    base, experts: folders or cached hub ids (then `out` is required; returns its path), or state dicts or modules
+    (returns a new state
         dict of the base's names, on the base's device). `base` may be None for average and karcher.
-    method, options: as in `merge_passes.recipe`: preset, weights, density, lam, normalize, scope, ties, zero_sign, rescale,
+    method, options: as in `merge_passes.recipe`: preset, weights, density, lam, normalize, scope, ties, zero_sign,
+    rescale,
         sce_select, sce_eps, compute_dtype, seed, ...
     dtype: "bfloat16" | "float16" | "float32": type of the result; default as the base.
-    Raises InputError for input that does not fit, ValueError for an option that makes no sense; nothing is written then.
+    Raises InputError for input that does not fit, ValueError for an option that makes no sense; nothing is written
+    then.
     """
     if out is None or not isinstance(experts[0] if experts else "", (str, os.PathLike)):
         if out is not None or isinstance(experts[0] if experts else "", (str, os.PathLike)):
@@ -734,7 +743,8 @@ def merge_many(
     sync: bool = True,
     progress: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Several merges of the same models in one reading. InputError: nothing is written, unfinished folders are removed."""
+    """Several merges of the same models in one reading. InputError: nothing is written, unfinished folders are
+    removed."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if base is None and any(r.needs_base for r, _ in wanted):

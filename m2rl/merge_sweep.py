@@ -1,23 +1,27 @@
 """`python -m m2rl.merge --sweep`: merge every combination of method, density and lambda, score each, keep the best.
 
-All merges share one reading of the inputs and one statistics pass (a threshold selection serves every density, lambda costs nothing);
-each is scored with Avg@K, and the best (highest mean over domains) becomes `--out`, with the table and the plot beside it.
+All merges share one reading of the inputs and one statistics pass (a threshold selection serves every density, lambda
+costs nothing);
+each is scored with Avg@K, and the best (highest mean over domains) becomes `--out`, with the table and the plot
+beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2rl import merge as merging
-from m2rl.types import InputError
 from m2rl_kernels.merge_passes import METHODS, Recipe, recipe
+
+from m2rl import merge as merging
+from m2rl.types import DOMAINS, InputError
 
 Domain = tuple[float, float]  # Avg@K, half width of its 95 % interval
 Score = Callable[[Path], Mapping[str, Domain]]  # folder of a merged model -> domain -> score
@@ -36,8 +40,13 @@ class Row:
         return sum(s for s, _ in self.scores.values()) / len(self.scores)
 
 
-def grid(methods: Sequence[str], densities: Sequence[float], lambdas: Sequence[float], experts: int,
-         options: Mapping[str, Any]) -> dict[str, Recipe]:
+def grid(
+    methods: Sequence[str],
+    densities: Sequence[float],
+    lambdas: Sequence[float],
+    experts: int,
+    options: Mapping[str, Any],
+) -> dict[str, Recipe]:
     """label -> recipe, without the combinations that a method does not distinguish."""
     found: dict[str, Recipe] = {}
     for method, density, lam in itertools.product(methods, densities, lambdas):
@@ -50,12 +59,24 @@ def grid(methods: Sequence[str], densities: Sequence[float], lambdas: Sequence[f
     return found
 
 
-def sweep(base: str | None, experts: Sequence[str], out: Path, *, methods: Sequence[str], densities: Sequence[float],
-          lambdas: Sequence[float], options: Mapping[str, Any], score: Score | None = None, evaluate: Sequence[str] = (), k: int = 8,
-          **shared: Any) -> list[Row]:
+def sweep(
+    base: str | None,
+    experts: Sequence[str],
+    out: Path,
+    *,
+    methods: Sequence[str],
+    densities: Sequence[float],
+    lambdas: Sequence[float],
+    options: Mapping[str, Any],
+    score: Score | None = None,
+    evaluate: Sequence[str] = (),
+    k: int = 8,
+    **shared: Any,
+) -> list[Row]:
     """Merge, score, keep the best as `out`. Returns the rows, best first.
 
-    score: any function of a model folder; default Avg@K (`k` samples per problem) of m2rl.evaluate on the benchmarks named in `evaluate`.
+    score: any function of a model folder; default Avg@K (`k` samples per problem) of m2rl.evaluate on the benchmarks
+    named in `evaluate`.
     """
     out = out.absolute()
     if out.exists() and any(out.iterdir()) and not shared.get("overwrite"):
@@ -69,15 +90,24 @@ def sweep(base: str | None, experts: Sequence[str], out: Path, *, methods: Seque
     work.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work.parent).free
     if free < need:
-        raise InputError(f"{work.parent} has {free / 1e9:.2f} GB free, the {len(todo)} merges of the sweep need about {need / 1e9:.2f} GB")
+        raise InputError(
+            f"{work.parent} has {free / 1e9:.2f} GB free, "
+            f"the {len(todo)} merges of the sweep need about {need / 1e9:.2f} GB"
+        )
     if todo:
         merging.merge_many(base, experts, todo, **{**shared, "sync": False})
     with _scorer(str(base or experts[0]), evaluate, k, score) as judge:
         rows = [Row(label, chosen, dict(judge(work / label))) for label, chosen in recipes.items()]
     rows.sort(key=lambda row: -row.mean)
     best = work / rows[0].label
-    (best / "sweep.json").write_text(json.dumps([{"label": r.label, "recipe": r.recipe.describe(), "mean": r.mean, "scores": r.scores}
-                                                 for r in rows], indent=2, default=str) + "\n")
+    (best / "sweep.json").write_text(
+        json.dumps(
+            [{"label": r.label, "recipe": r.recipe.describe(), "mean": r.mean, "scores": r.scores} for r in rows],
+            indent=2,
+            default=str,
+        )
+        + "\n"
+    )
     (best / "sweep.svg").write_text(plot(rows))
     with open(best / "README.md", "a") as card:
         card.write(f"\nBest of {len(rows)} merges:\n\n{table(rows)}\n")
@@ -90,28 +120,21 @@ def sweep(base: str | None, experts: Sequence[str], out: Path, *, methods: Seque
     return rows
 
 
-class _scorer:
-    """The default score: one evaluator for all merges."""
+@contextlib.contextmanager
+def _scorer(model: str, evaluate: Sequence[str], k: int, score: Score | None) -> Iterator[Score]:
+    """The given score, or one evaluator for all merges."""
+    if score is not None:
+        yield score
+        return
+    from m2rl.evaluate import Evaluator
 
-    def __init__(self, model: str, evaluate: Sequence[str], k: int, score: Score | None) -> None:
-        self.model, self.evaluate, self.k, self.score, self.evaluator = model, list(evaluate), k, score, None
-
-    def __enter__(self) -> Score:
-        if self.score is not None:
-            return self.score
-        from m2rl.evaluate import Evaluator
-        from m2rl.types import DOMAINS
-        self.evaluator = evaluator = Evaluator(self.model)
+    with Evaluator(model) as evaluator:
 
         def judge(folder: Path) -> dict[str, Domain]:
-            found = evaluator.score(folder, self.evaluate or DOMAINS, k=self.k)
+            found = evaluator.score(folder, list(evaluate) or DOMAINS, k=k)
             return {name: (s.avg_at_k, (s.ci95[1] - s.ci95[0]) / 2) for name, s in found.items()}
 
-        return judge
-
-    def __exit__(self, *_: object) -> None:
-        if self.evaluator is not None:
-            self.evaluator.close()
+        yield judge
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -137,11 +160,17 @@ def plot(rows: Sequence[Row]) -> str:
     y0, y1 = (y0 - 1, y1 + 1) if math.isclose(y0, y1) else (y0, y1)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x0) / (x1 - x0) * (width - left - 180), height - bottom - (y - y0) / (y1 - y0) * (height - bottom - 20))
+        return (
+            left + (x - x0) / (x1 - x0) * (width - left - 180),
+            height - bottom - (y - y0) / (y1 - y0) * (height - bottom - 20),
+        )
 
     colours = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{width}" height="{height}" fill="white"/>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
     for i in range(5):
         x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
         (px, _), (_, py) = at(x, y0), at(x0, y)
@@ -151,9 +180,14 @@ def plot(rows: Sequence[Row]) -> str:
     for i, (label, points) in enumerate(sorted(lines.items())):
         colour = colours[i % len(colours)]
         places = [at(x, y) for x, y in sorted(points)]
-        parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+        )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
         parts.append(f'<text x="{width - 170}" y="{30 + 16 * i}" fill="{colour}">{label}</text>')
     parts.append(f'<text x="{(left + width - 180) / 2}" y="{height - 12}" text-anchor="middle">lambda</text>')
-    parts.append(f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">mean Avg@K, %</text></svg>')
+    parts.append(
+        f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">'
+        "mean Avg@K, %</text></svg>"
+    )
     return "\n".join(parts) + "\n"

@@ -1,7 +1,10 @@
-"""Read a recipe in mergekit's YAML schema: `python -m m2rl.merge --config merge.yaml --out DIR` in place of `mergekit-yaml`.
+"""Read a recipe in mergekit's YAML schema: `python -m m2rl.merge --config merge.yaml --out DIR` in place of
+`mergekit-yaml`.
 
-Defaults and conventions are mergekit's (`preset="mergekit"`). Scalars, gradients (a list over the depth of the model) and filters
-(a list of {value, filter}) are understood. Everything else of that schema is an error that names the key: nothing is ignored.
+Defaults and conventions are mergekit's (`preset="mergekit"`). Scalars, gradients (a list over the depth of the model)
+and filters
+(a list of {value, filter}) are understood. Everything else of that schema is an error that names the key: nothing is
+ignored.
 """
 
 from __future__ import annotations
@@ -12,15 +15,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2rl.types import InputError
 from m2rl_kernels.merge_passes import Recipe, recipe
 
-METHODS = {"linear": "average", "ramplus_tl": "ram_plus", **{name: name for name in (
-    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "ram",
-    "model_stock", "karcher")}}
+from m2rl.types import InputError
+
+METHODS = {
+    "linear": "average",
+    "ramplus_tl": "ram_plus",
+    **{
+        name: name
+        for name in (
+            "task_arithmetic",
+            "ties",
+            "dare_linear",
+            "dare_ties",
+            "breadcrumbs",
+            "breadcrumbs_ties",
+            "della",
+            "della_linear",
+            "sce",
+            "ram",
+            "model_stock",
+            "karcher",
+        )
+    },
+}
 OWN = ("weight", "density", "gamma", "epsilon")  # per model
-SHARED = {"normalize": "normalize", "lambda": "lam", "select_topk": "density", "r": "r", "alpha": "alpha", "max_iter": "iterations",
-          "rescale": "rescale", "int8_mask": "", "epsilon": "epsilon"}  # key -> our option ("": no effect on the result)
+SHARED = {
+    "normalize": "normalize",
+    "lambda": "lam",
+    "select_topk": "density",
+    "r": "r",
+    "alpha": "alpha",
+    "max_iter": "iterations",
+    "rescale": "rescale",
+    "int8_mask": "",
+    "epsilon": "epsilon",
+}  # key -> our option ("": no effect on the result)
 READ = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source"}
 
 
@@ -48,10 +79,15 @@ def read_config(path: str | Path) -> Plan:
     if not isinstance(config, dict):
         raise InputError(f"{path} must be a mapping with merge_method and models")
     for key in sorted(set(config) - READ):
-        raise InputError(f"{path}: key {key!r} is not supported here (whole-model merges of one architecture: {', '.join(sorted(READ))})")
+        raise InputError(
+            f"{path}: key {key!r} is not supported here (whole-model merges of one architecture; "
+            f"keys: {', '.join(sorted(READ))})"
+        )
     name = config.get("merge_method")
     if name not in METHODS:
-        raise InputError(f"{path}: merge_method {name!r} is not supported here; supported: {', '.join(sorted(METHODS))}")
+        raise InputError(
+            f"{path}: merge_method {name!r} is not supported here; supported: {', '.join(sorted(METHODS))}"
+        )
     if config.get("tokenizer_source") not in (None, "base"):
         raise InputError(f"{path}: tokenizer_source {config['tokenizer_source']!r} is not supported here; only 'base'")
     for key in ("dtype", "out_dtype"):
@@ -76,10 +112,19 @@ def read_config(path: str | Path) -> Plan:
     shared = config.get("parameters") or {}
     per_model = {key for key in OWN if not (key == "epsilon" and method in ("ram", "ram_plus"))}
     for key in sorted({k for p in own for k in p} - per_model):
-        raise InputError(f"{path}: parameter {key!r} of a model is not supported here; supported: {', '.join(sorted(per_model))}")
+        raise InputError(
+            f"{path}: parameter {key!r} of a model is not supported here; supported: {', '.join(sorted(per_model))}"
+        )
     for key in sorted(set(shared) - set(SHARED) - per_model):
-        raise InputError(f"{path}: parameter {key!r} is not supported here; supported: {', '.join(sorted(set(SHARED) | per_model))}")
-    return Plan(base, experts, _recipe(path, method, own, shared, config, per_model), config.get("out_dtype") or config.get("dtype"))
+        raise InputError(
+            f"{path}: parameter {key!r} is not supported here; supported: {', '.join(sorted(set(SHARED) | per_model))}"
+        )
+    return Plan(
+        base,
+        experts,
+        _recipe(path, method, own, shared, config, per_model),
+        config.get("out_dtype") or config.get("dtype"),
+    )
 
 
 def _reference(path: Path, key: str, value: Any) -> str:
@@ -88,7 +133,10 @@ def _reference(path: Path, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InputError(f"{path}: {key}: a model is a folder or a hub id, got {value!r}")
     if "+" in value:
-        raise InputError(f"{path}: {key}: {value!r} asks for a LoRA adapter: merge it into its base model first, then give that folder")
+        raise InputError(
+            f"{path}: {key}: {value!r} asks for a LoRA adapter: merge it into its base model first, then give "
+            f"that folder"
+        )
     return value
 
 
@@ -96,7 +144,10 @@ def _recipe(path: Path, method: str, own: list[dict], shared: dict, config: dict
     def lists(key: str, default: Any) -> list[Any]:
         found = [p.get(key, shared.get(key, default)) for p in own]
         if any(v is None for v in found):
-            raise InputError(f"{path}: parameter {key!r} is missing for model {[v is None for v in found].index(True) + 1} of {len(own)}")
+            raise InputError(
+                f"{path}: parameter {key!r} is missing for model {[v is None for v in found].index(True) + 1} of "
+                f"{len(own)}"
+            )
         return found
 
     weighted = method not in ("sce", "ram", "ram_plus", "model_stock", "karcher")
@@ -117,7 +168,9 @@ def _recipe(path: Path, method: str, own: list[dict], shared: dict, config: dict
         values = [p[key] for p in own if key in p]
         if values:
             if any(v != values[0] for v in values) or len(values) < len(own) or isinstance(values[0], (list, dict)):
-                raise InputError(f"{path}: parameter {key!r} must be the same number for every model here, got {values}")
+                raise InputError(
+                    f"{path}: parameter {key!r} must be the same number for every model here, got {values}"
+                )
             options[key] = values[0]
     per_tensor = None
     everything = [*weights, *densities, lam]
@@ -125,8 +178,17 @@ def _recipe(path: Path, method: str, own: list[dict], shared: dict, config: dict
         _check_forms(path, everything)
         per_tensor = resolver(path, weights, densities, lam)
     scalar = [[v if isinstance(v, (int, float)) else 1.0 for v in values] for values in (weights, densities)]
-    return recipe(method, len(own), preset="mergekit", weights=scalar[0], density=scalar[1], lam=lam if isinstance(lam, (int, float)) else 1.0,
-                  per_tensor=per_tensor, config=path.read_text(), **options)
+    return recipe(
+        method,
+        len(own),
+        preset="mergekit",
+        weights=scalar[0],
+        density=scalar[1],
+        lam=lam if isinstance(lam, (int, float)) else 1.0,
+        per_tensor=per_tensor,
+        config=path.read_text(),
+        **options,
+    )
 
 
 def _check_forms(path: Path, values: list[Any]) -> None:
@@ -134,11 +196,14 @@ def _check_forms(path: Path, values: list[Any]) -> None:
         entries = value if isinstance(value, list) else [value]
         mixed = len({isinstance(e, dict) for e in entries}) != 1
         if mixed or any(isinstance(e, dict) and set(e) - {"value", "filter"} for e in entries):
-            raise InputError(f"{path}: a parameter is a number, a list of numbers, or a list of {{value, filter}}, got {value!r}")
+            raise InputError(
+                f"{path}: a parameter is a number, a list of numbers, or a list of {{value, filter}}, got {value!r}"
+            )
 
 
 def resolver(path: Path, weights: list[Any], densities: list[Any], lam: Any) -> Callable[[str], Mapping[str, Any]]:
-    """tensor name -> {weights, density, lam}. Depth t runs from 0 (embedding, first layer) to 1 (last layer, norm, head)."""
+    """tensor name -> {weights, density, lam}. Depth t runs from 0 (embedding, first layer) to 1 (last layer, norm,
+    head)."""
     layers: dict[str, int] = {}
 
     def at(name: str) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def resolve_folder(model: str | os.PathLike) -> Path:
-    """A local folder, or the snapshot of a hub id in the local cache. InputError if neither exists; nothing is downloaded."""
+    """A local folder, or the snapshot of a hub id in the local cache. InputError if neither exists; nothing is
+    downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -146,7 +147,8 @@ class Checkpoint:
             missing = [n for n in names if not (self.folder / n).is_file()]
             if missing:
                 raise InputError(
-                    f"{index} names {missing[0]}, which does not exist ({len(missing)} of {len(names)} shards are missing)"
+                    f"{index} names {missing[0]}, which does not exist ({len(missing)} of {len(names)} shards are "
+                    f"missing)"
                 )
             return [self.folder / n for n in names]
         if (self.folder / SINGLE).is_file():

@@ -3,12 +3,16 @@
     d_k = x_k - b                                      task vector of expert k, float32
     out = b + lambda * combine_k(w_k, filter(d_k))     one rounding, to the type of the output
 
-Every operation takes `base` [T tensors] and `experts` [K][T tensors] (bf16, fp16 or fp32, any mix), merges all T in one native call
-and returns T new tensors (or fills `out`). Top-k keeps exactly k, ties to the lowest flat index; random masks are Philox keyed by
-(seed, tensor name, expert, element), so the same on CPU and GPU and in any shard or order. Cost: one reading per statistic
+Every operation takes `base` [T tensors] and `experts` [K][T tensors] (bf16, fp16 or fp32, any mix), merges all T in
+one native call
+and returns T new tensors (or fills `out`). Top-k keeps exactly k, ties to the lowest flat index; random masks are
+Philox keyed by
+(seed, tensor name, expert, element), so the same on CPU and GPU and in any shard or order. Cost: one reading per
+statistic
 (thresholds, energies) and one that writes; a few 256 KiB chunks of memory per thread.
 
-Letters: T tensors, K experts, N elements. Formulas and sources: `merge_passes.METHODS`. Errors: ValueError that names the argument.
+Letters: T tensors, K experts, N elements. Formulas and sources: `merge_passes.METHODS`. Errors: ValueError that names
+the argument.
 """
 
 from __future__ import annotations
@@ -56,7 +60,8 @@ def ties(
     scope: str | None = None,
     **options: Any,
 ) -> list[Tensor]:
-    """Keep the k = max(1, floor(density N)) largest |d_k|, elect s = sign(sum_k w_k d_k) (0 counts as +), average those of sign s.
+    """Keep the k = max(1, floor(density N)) largest |d_k|, elect s = sign(sum_k w_k d_k) (0 counts as +), average
+    those of sign s.
 
     scope: "tensor" (N of each tensor) or "model" (one threshold over all T). Yadav et al., arXiv:2306.01708.
     """
@@ -75,7 +80,8 @@ def dare(
 ) -> list[Tensor]:
     """Keep each element of d_k with probability density, divide by it, then task arithmetic or TIES' sign election.
 
-    then: "task_arithmetic" | "ties" (with trim_density: top-k in between, as in the authors' code). Yu et al., arXiv:2311.03099.
+    then: "task_arithmetic" | "ties" (with trim_density: top-k in between, as in the authors' code). Yu et al.,
+    arXiv:2311.03099.
     """
     if then not in ("task_arithmetic", "ties"):
         raise ValueError(f"then must be task_arithmetic or ties, got {then!r}")
@@ -93,9 +99,11 @@ def dare(
 def sce(
     base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], *, density: float = 1.0, **options: Any
 ) -> list[Tensor]:
-    """Select the largest variances over experts, w_k = mean(d_k^2) / sum, erase minority signs, weighted mean of the rest.
+    """Select the largest variances over experts, w_k = mean(d_k^2) / sum, erase minority signs, weighted mean of the
+    rest.
 
-    Uniform weights only where every selected d is exactly 0 (mergekit: below 1e-6, which RL-sized deltas always are; preset="mergekit").
+    Uniform weights only where every selected d is exactly 0 (mergekit: below 1e-6, which RL-sized deltas always are;
+    preset="mergekit").
     Wan et al., arXiv:2408.07990.
     """
     return merge_tensors(base, experts, "sce", density=density, **options)
@@ -121,7 +129,8 @@ def della(
     elect: bool = True,
     **options: Any,
 ) -> list[Tensor]:
-    """Keep with probability density - epsilon .. density + epsilon by the rank of |d| in its row, over that probability.
+    """Keep with probability density - epsilon .. density + epsilon by the rank of |d| in its row, over that
+    probability.
 
     Deep et al., arXiv:2406.11617.
     """
@@ -140,7 +149,8 @@ def breadcrumbs(
     elect: bool = False,
     **options: Any,
 ) -> list[Tensor]:
-    """Drop the floor(gamma N) largest |d_k|, keep the next floor(density N). Davari and Belilovsky, arXiv:2312.06795."""
+    """Drop the floor(gamma N) largest |d_k|, keep the next floor(density N). Davari and Belilovsky,
+    arXiv:2312.06795."""
     return merge_tensors(
         base, experts, "breadcrumbs_ties" if elect else "breadcrumbs", density=density, gamma=gamma, lam=lam, **options
     )
@@ -169,7 +179,8 @@ def tsv_m(
 def iso_c(
     base: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], *, lam: float = 1.0, **options: Any
 ) -> list[Tensor]:
-    """Matrices: sum_k d_k = U S V^T becomes mean(S) U V^T; others: the mean of d_k. Marczak et al., arXiv:2502.04959."""
+    """Matrices: sum_k d_k = U S V^T becomes mean(S) U V^T; others: the mean of d_k. Marczak et al.,
+    arXiv:2502.04959."""
     return merge_tensors(base, experts, "iso_c", lam=lam, **options)
 
 
@@ -189,9 +200,12 @@ def merge_tensors(
 ) -> list[Tensor]:
     """Any method by name or resolved Recipe.
 
-    base: T tensors, or None for average and karcher.     experts: K sequences of T tensors of the same shapes and device.
-    names: T names, the keys of random masks (default "0", "1", ...).     out: T tensors to fill; default new ones of `dtype` or base's.
-    offsets: flat index of each tensor's first element, for a shard of a larger tensor (random masks, elementwise rules only).
+    base: T tensors, or None for average and karcher.     experts: K sequences of T tensors of the same shapes and
+    device.
+    names: T names, the keys of random masks (default "0", "1", ...).     out: T tensors to fill; default new ones of
+    `dtype` or base's.
+    offsets: flat index of each tensor's first element, for a shard of a larger tensor (random masks, elementwise
+    rules only).
     backend: "cpu" | "cuda" | "ref"; default by where the tensors are.
     """
     base_t, experts_kt = None if base is None else list(base), [list(e) for e in experts]
@@ -413,7 +427,8 @@ def scale_ref(z: Tensor, d: Tensor, r: Recipe) -> Tensor:
 
 
 def variance_mask_ref(d: Tensor, density: float) -> Tensor:
-    """Bool [N]: the int(density * #nonzero) largest variances over experts (float32, two passes), ties to the lowest index."""
+    """Bool [N]: the int(density * #nonzero) largest variances over experts (float32, two passes), ties to the lowest
+    index."""
     x = d.float()
     total = torch.zeros_like(x[0])
     for row in x:
@@ -546,7 +561,8 @@ def spectral_from_bytes(
 def merge_state_dicts(
     base: Any, experts: Sequence[Any], method: str, *, dtype: str | None = None, threads: int = 0, **options: Any
 ) -> dict[str, Tensor]:
-    """Merge state dicts (or modules) in memory: a new state dict, names in base's order. Non-float tensors must agree; copied."""
+    """Merge state dicts (or modules) in memory: a new state dict, names in base's order. Non-float tensors must
+    agree; copied."""
     states = [
         m.state_dict() if isinstance(m, torch.nn.Module) else m
         for m in ([base] if base is not None else []) + list(experts)

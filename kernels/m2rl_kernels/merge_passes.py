@@ -1,10 +1,12 @@
-"""The passes of merging on addresses: recipe -> statistics -> apply. Free of torch; what `delta_merge` and `m2rl.merge` share.
+"""The passes of merging on addresses: recipe -> statistics -> apply. Free of torch; what `delta_merge` and
+`m2rl.merge` share.
 
     d_k = x_k - b                                     task vector of expert k, float32
     z_k = scale_k * filter(d_k)                       top-k magnitude, random mask, variance mask, or none
     out = b + lambda * combine_k(w_k, z_k)            sum, or the mean over those that agree with the elected sign, ...
 
-`Recipe` holds every choice, `gather` computes what needs a reading of its own (thresholds, norms, energies; shared by the
+`Recipe` holds every choice, `gather` computes what needs a reading of its own (thresholds, norms, energies; shared by
+the
 recipes of a sweep), `apply` writes. Axes: T tensors, K experts. Nothing here holds more than a few chunks of memory.
 """
 
@@ -230,7 +232,8 @@ def recipe(
     density: float | Sequence[float] | None = None,
     **options: Any,
 ) -> Recipe:
-    """Resolve defaults, then the preset, then what the caller names. ValueError names the option, the rule and the value."""
+    """Resolve defaults, then the preset, then what the caller names. ValueError names the option, the rule and the
+    value."""
     if method in ("dare", "dare_task_arithmetic"):
         method = "dare_linear"
     if method not in METHODS:
@@ -593,7 +596,8 @@ def select(
     report: Report,
     device: Device,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exact top-k. ranks [G, L, R] -> (threshold key uint32, cut int64) [G, L, R]: kept are key > t, or == t and index <= cut."""
+    """Exact top-k. ranks [G, L, R] -> (threshold key uint32, cut int64) [G, L, R]: kept are key > t, or == t and
+    index <= cut."""
     threshold, cut = np.zeros(ranks.shape, np.uint32), np.zeros(ranks.shape, np.int64)
     start = _group_starts(tensors, scope)
     want = _Select(
@@ -650,9 +654,12 @@ def gather(
 ) -> list[Statistics]:
     """The statistics of each recipe. Recipes that differ only in lambda, weights or density share one reading.
 
-    `tensors` must be the whole model when a recipe has scope="model", and whole tensors always. Costs one reading per kind of
-    statistic: thresholds (TIES, breadcrumbs), variances (SCE with density < 1), energies (SCE), norms (L1 rescale), signs
-    (zero_sign="majority"), Gram matrices (model stock, Karcher), overlaps (RAM+). NaN and infinities are counted in `report`.
+    `tensors` must be the whole model when a recipe has scope="model", and whole tensors always. Costs one reading per
+    kind of
+    statistic: thresholds (TIES, breadcrumbs), variances (SCE with density < 1), energies (SCE), norms (L1 rescale),
+    signs
+    (zero_sign="majority"), Gram matrices (model stock, Karcher), overlaps (RAM+). NaN and infinities are counted in
+    `report`.
     """
     T, K = len(tensors), tensors.count
     if report is None:
@@ -847,7 +854,8 @@ def _gather_sce(
 
 
 def _l1_scale(before: np.ndarray, after: np.ndarray, keep: np.ndarray, code: int) -> np.ndarray:
-    """Restore the L1 norm, mergekit's rule: no factor where either norm is below 1e-7; none where nothing was dropped."""
+    """Restore the L1 norm, mergekit's rule: no factor where either norm is below 1e-7; none where nothing was
+    dropped."""
     usable = (before >= 1e-7) & (after >= 1e-7) & (keep < 1)
     return round_array(np.where(usable, before / np.where(usable, after, 1.0), 1.0).astype(np.float32), code)
 
@@ -861,7 +869,8 @@ def stock_factor(gram: np.ndarray) -> float:
 
 
 def karcher_coefficients(gram: np.ndarray, iterations: int, tolerance: float = 1e-5) -> np.ndarray:
-    """c [K] with out = sum c_k x_k: the Riemannian mean stays in the span of the experts, so their Gram matrix [K, K] is enough."""
+    """c [K] with out = sum c_k x_k: the Riemannian mean stays in the span of the experts, so their Gram matrix [K, K]
+    is enough."""
     norms = np.sqrt(np.maximum(np.diag(gram), 0))
     valid = norms > tolerance
     if not valid.any():
@@ -914,7 +923,8 @@ def apply(
     checksum: bool = False,
     device: Device = Device(),
 ) -> Report:
-    """Write the merged tensors, to memory (`addresses` [T]) or to files (`files` [T] descriptors, `positions` [T] bytes).
+    """Write the merged tensors, to memory (`addresses` [T]) or to files (`files` [T] descriptors, `positions` [T]
+    bytes).
 
     OSError on a failed write. The report counts NaN and infinities on both sides: the caller decides what they mean.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from m2rl_kernels.delta_merge import merge_tensors
 from safetensors.torch import load_file, save_file
 
 from m2rl import merge as tool
@@ -18,11 +19,22 @@ from m2rl import merge_sweep
 from m2rl.merge_yaml import read_config
 from m2rl.safetensors_io import Checkpoint
 from m2rl.types import InputError
-from m2rl_kernels.delta_merge import merge_tensors
 
-SHAPES = {"model.embed_tokens.weight": (512, 32), "model.layers.0.mlp.weight": (96, 32), "model.layers.0.norm.weight": (32,),
-          "model.layers.1.mlp.weight": (96, 32), "model.layers.1.norm.weight": (32,), "model.norm.weight": (32,)}
-CONFIG = {"model_type": "toy", "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+SHAPES = {
+    "model.embed_tokens.weight": (512, 32),
+    "model.layers.0.mlp.weight": (96, 32),
+    "model.layers.0.norm.weight": (32,),
+    "model.layers.1.mlp.weight": (96, 32),
+    "model.layers.1.norm.weight": (32,),
+    "model.norm.weight": (32,),
+}
+CONFIG = {
+    "model_type": "toy",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
 VOCABULARY = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
 
 
@@ -40,26 +52,62 @@ def models(tmp_path):
     """(base folder, three expert folders, their tensors)."""
     g = torch.Generator().manual_seed(0)
     base = {n: (torch.randn(s, generator=g) * 0.05).bfloat16() for n, s in SHAPES.items()}
-    experts = [{n: (x.float() + torch.randn(x.shape, generator=g) * 1e-3 * (torch.rand(x.shape, generator=g) < 0.4)).bfloat16()
-                for n, x in base.items()} for _ in range(3)]
-    return (write(tmp_path / "base", base), [write(tmp_path / f"e{k}", e) for k, e in enumerate(experts)], base, experts)
+    experts = [
+        {
+            n: (
+                x.float() + torch.randn(x.shape, generator=g) * 1e-3 * (torch.rand(x.shape, generator=g) < 0.4)
+            ).bfloat16()
+            for n, x in base.items()
+        }
+        for _ in range(3)
+    ]
+    return (
+        write(tmp_path / "base", base),
+        [write(tmp_path / f"e{k}", e) for k, e in enumerate(experts)],
+        base,
+        experts,
+    )
 
 
 def cli(*arguments, **kwargs):
-    return subprocess.run([sys.executable, "-m", "m2rl.merge", *map(str, arguments)], capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "m2rl.merge", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
 
 
 def in_memory(base, experts, method, **options):
     names = sorted(base) if options.get("scope") == "model" or options.get("preset") == "paper" else list(base)
-    merged = merge_tensors([base[n] for n in names], [[e[n] for n in names] for e in experts], method, names=names, **options)
+    merged = merge_tensors(
+        [base[n] for n in names], [[e[n] for n in names] for e in experts], method, names=names, **options
+    )
     return dict(zip(names, merged))
 
 
-@pytest.mark.parametrize("method,options", [
-    ("average", {}), ("task_arithmetic", {"lam": 0.5}), ("ties", {"density": 0.2}), ("ties", {"density": 0.2, "scope": "model"}),
-    ("ties", {"density": 0.2, "preset": "paper"}), ("dare_linear", {"density": 0.5, "seed": 3}), ("dare_ties", {"density": 0.5}), ("sce", {}),
-    ("sce", {"density": 0.3}), ("ram_plus", {"scope": "model"}), ("della", {"density": 0.5}), ("breadcrumbs", {"density": 0.3}),
-    ("model_stock", {}), ("karcher", {}), ("tsv_m", {}), ("iso_c", {})])
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("average", {}),
+        ("task_arithmetic", {"lam": 0.5}),
+        ("ties", {"density": 0.2}),
+        ("ties", {"density": 0.2, "scope": "model"}),
+        ("ties", {"density": 0.2, "preset": "paper"}),
+        ("dare_linear", {"density": 0.5, "seed": 3}),
+        ("dare_ties", {"density": 0.5}),
+        ("sce", {}),
+        ("sce", {"density": 0.3}),
+        ("ram_plus", {"scope": "model"}),
+        ("della", {"density": 0.5}),
+        ("breadcrumbs", {"density": 0.3}),
+        ("model_stock", {}),
+        ("karcher", {}),
+        ("tsv_m", {}),
+        ("iso_c", {}),
+    ],
+)
 def test_a_folder_merge_equals_the_merge_in_memory(models, tmp_path, method, options):
     base, experts, base_t, experts_t = models
     out = tool.merge(base, experts, method, out=tmp_path / "out", **options)
@@ -70,13 +118,32 @@ def test_a_folder_merge_equals_the_merge_in_memory(models, tmp_path, method, opt
 
 
 def test_the_command_needs_no_torch_and_records_the_recipe(models, tmp_path):
-    base, experts, base_t, experts_t = models
+    base, experts, *_ = models
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
     for method in ("average", "task_arithmetic", "ties", "dare_linear", "dare_ties", "sce"):
-        program = ("import sys; from m2rl.merge import main; code = main(sys.argv[1:]); "
-                   "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'; sys.exit(code)")
-        done = subprocess.run([sys.executable, "-c", program, "--base", base, "--experts", *experts, "--method", method, "--density", "0.5",
-                               "--out", tmp_path / method], capture_output=True, text=True)
+        program = (
+            "import sys; from m2rl.merge import main; code = main(sys.argv[1:]); "
+            "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'; sys.exit(code)"
+        )
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                program,
+                "--base",
+                base,
+                "--experts",
+                *experts,
+                "--method",
+                method,
+                "--density",
+                "0.5",
+                "--out",
+                tmp_path / method,
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     out = tmp_path / "ties"
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -89,12 +156,46 @@ def test_the_command_needs_no_torch_and_records_the_recipe(models, tmp_path):
 
 def test_command_line_options_reach_the_merge(models, tmp_path):
     base, experts, base_t, experts_t = models
-    done = cli("--base", base, "--experts", *experts, "--method", "ties", "--density", "0.3", "--lambda", "0.7", "--weights", "1", "2", "0.5",
-               "--scope", "model", "--no-normalize", "--dtype", "float32", "--threads", "2", "--progress", "--out", tmp_path / "out")
+    done = cli(
+        "--base",
+        base,
+        "--experts",
+        *experts,
+        "--method",
+        "ties",
+        "--density",
+        "0.3",
+        "--lambda",
+        "0.7",
+        "--weights",
+        "1",
+        "2",
+        "0.5",
+        "--scope",
+        "model",
+        "--no-normalize",
+        "--dtype",
+        "float32",
+        "--threads",
+        "2",
+        "--progress",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     assert "100 %" in done.stderr and "GB/s" in done.stderr and "left" in done.stderr
     got = load_file(tmp_path / "out" / "model.safetensors")
-    want = in_memory(base_t, experts_t, "ties", density=0.3, lam=0.7, weights=[1, 2, 0.5], scope="model", normalize=False, dtype=torch.float32)
+    want = in_memory(
+        base_t,
+        experts_t,
+        "ties",
+        density=0.3,
+        lam=0.7,
+        weights=[1, 2, 0.5],
+        scope="model",
+        normalize=False,
+        dtype=torch.float32,
+    )
     assert all(torch.equal(got[n], want[n]) for n in want)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
 
@@ -116,7 +217,9 @@ def test_sharded_in_and_out_and_content_hashes_do_not_depend_on_it(models, tmp_p
     whole = load_file(tmp_path / "one" / "model.safetensors")
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "many" / file)[name], whole[name])
-    contents = [[m["content"] for m in json.loads((tmp_path / o / "merge.json").read_text())["models"]] for o in ("one", "many")]
+    contents = [
+        [m["content"] for m in json.loads((tmp_path / o / "merge.json").read_text())["models"]] for o in ("one", "many")
+    ]
     assert contents[0] == contents[1]
 
 
@@ -148,6 +251,7 @@ def test_a_base_without_tokenizer_is_no_error(models, tmp_path):
 
 # ---- bad input: one clear error, nothing written ----
 
+
 def drop(name):
     return lambda t, f: write(f, {n: x for n, x in t.items() if n != name})
 
@@ -170,7 +274,9 @@ def adapter(t, f):
 
 
 def lonely_index(t, f):
-    (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}))
+    (f / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}})
+    )
 
 
 def only_bin(t, f):
@@ -179,18 +285,40 @@ def only_bin(t, f):
 
 BAD = {
     "missing": (drop("model.norm.weight"), "lacks 1 tensors that .*base has, first model.norm.weight"),
-    "extra": (lambda t, f: write(f, {**t, "surplus": torch.zeros(2)}), "has 1 tensors that .*base lacks, first surplus"),
-    "shape": (lambda t, f: write(f, {**t, "model.norm.weight": torch.zeros(31).bfloat16()}), r"model.norm.weight has shape \[32\] in .* and \[31\]"),
-    "vocabulary": (lambda t, f: write(f, {**t, "model.embed_tokens.weight": torch.zeros(520, 32).bfloat16()}), "vocabulary sizes differ by 8 rows"),
-    "dtype": (lambda t, f: write(f, {**t, "model.norm.weight": torch.zeros(32, dtype=torch.int64)}), "model.norm.weight has dtype BF16 in .* and I64"),
-    "tied": (lambda t, f: write(f, {**t, "lm_head.weight": torch.zeros(512, 32).bfloat16()}, {**CONFIG, "tie_word_embeddings": False}),
-             "lm_head.weight is in .*ties the output head"),
-    "tokenizer": (lambda t, f: write(f, t, tokenizer={**VOCABULARY, "model": {"vocab": {"a": 1, "b": 0}}}), r"tokenizers of .* differ \(2 and 2 entries"),
+    "extra": (
+        lambda t, f: write(f, {**t, "surplus": torch.zeros(2)}),
+        "has 1 tensors that .*base lacks, first surplus",
+    ),
+    "shape": (
+        lambda t, f: write(f, {**t, "model.norm.weight": torch.zeros(31).bfloat16()}),
+        r"model.norm.weight has shape \[32\] in .* and \[31\]",
+    ),
+    "vocabulary": (
+        lambda t, f: write(f, {**t, "model.embed_tokens.weight": torch.zeros(520, 32).bfloat16()}),
+        "vocabulary sizes differ by 8 rows",
+    ),
+    "dtype": (
+        lambda t, f: write(f, {**t, "model.norm.weight": torch.zeros(32, dtype=torch.int64)}),
+        "model.norm.weight has dtype BF16 in .* and I64",
+    ),
+    "tied": (
+        lambda t, f: write(
+            f, {**t, "lm_head.weight": torch.zeros(512, 32).bfloat16()}, {**CONFIG, "tie_word_embeddings": False}
+        ),
+        "lm_head.weight is in .*ties the output head",
+    ),
+    "tokenizer": (
+        lambda t, f: write(f, t, tokenizer={**VOCABULARY, "model": {"vocab": {"a": 1, "b": 0}}}),
+        r"tokenizers of .* differ \(2 and 2 entries",
+    ),
     "config": (lambda t, f: write(f, t, {**CONFIG, "hidden_size": 64}), "config.json: hidden_size is 32 in .* and 64"),
     "nan": (poison, "model.norm.weight of .*e1 has 3 NaN or infinite elements"),
     "truncated": (truncate, "is truncated: tensor"),
     "empty": (lambda t, f: (f / "model.safetensors").write_bytes(b""), "is truncated: its header needs"),
-    "header": (lambda t, f: (f / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"hello"), "its header is not JSON"),
+    "header": (
+        lambda t, f: (f / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"hello"),
+        "its header is not JSON",
+    ),
     "lora": (adapter, "is a LoRA adapter: merge it into its base model first"),
     "index": (lonely_index, "names model-00001-of-00001.safetensors, which does not exist"),
     "bin": (only_bin, "has .bin weights: convert them"),
@@ -203,21 +331,44 @@ def test_bad_input_is_one_error_and_nothing_is_written(models, tmp_path, capsys,
     base, experts, _, experts_t = models
     spoil, message = BAD[case]
     spoil(experts_t[1], experts[1])
-    code = tool.main(["--base", str(base), "--experts", *map(str, experts), "--method", method, "--density", "0.5", "--out", str(tmp_path / "out")])
+    code = tool.main(
+        [
+            "--base",
+            str(base),
+            "--experts",
+            *map(str, experts),
+            "--method",
+            method,
+            "--density",
+            "0.5",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
     import re
+
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["--density", "0"], r"density must lie in (0, 1], got 0.0"), (["--density", "1.01"], r"density must lie in (0, 1], got 1.01"),
-    (["--weights", "1", "2"], "weights must be one number or one per expert (3), got 2"), (["--lambda", "1", "2"], "--lambda takes one value without --sweep"),
-    (["--lambda", "nan"], "lam must be finite")])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--density", "0"], r"density must lie in (0, 1], got 0.0"),
+        (["--density", "1.01"], r"density must lie in (0, 1], got 1.01"),
+        (["--weights", "1", "2"], "weights must be one number or one per expert (3), got 2"),
+        (["--lambda", "1", "2"], "--lambda takes one value without --sweep"),
+        (["--lambda", "nan"], "lam must be finite"),
+    ],
+)
 def test_bad_options(models, tmp_path, capsys, arguments, message):
     base, experts, *_ = models
-    assert tool.main(["--base", str(base), "--experts", *map(str, experts), *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert (
+        tool.main(["--base", str(base), "--experts", *map(str, experts), *arguments, "--out", str(tmp_path / "out")])
+        == 2
+    )
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -280,7 +431,18 @@ sys.exit(merge.main(sys.argv[2:]))
 @pytest.mark.parametrize("method", ["ties", "tsv_m"])
 def test_kill_9_leaves_no_half_checkpoint_and_resume_completes_it(models, tmp_path, after, method):
     base, experts, *_ = models
-    arguments = ["--base", str(base), "--experts", *map(str, experts), "--method", method, "--density", "0.3", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--base",
+        str(base),
+        "--experts",
+        *map(str, experts),
+        "--method",
+        method,
+        "--density",
+        "0.3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     killed = subprocess.run([sys.executable, "-c", KILLED, str(after), *arguments], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
@@ -295,13 +457,24 @@ def test_kill_9_leaves_no_half_checkpoint_and_resume_completes_it(models, tmp_pa
     finished = {1: 1, 4: 4, -1: 6}[after]
     assert f"resuming: {finished - 1} of 6" in done.stderr or finished == 1
     tool.merge(base, experts, method, out=tmp_path / "fresh", density=0.3)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "fresh" / "model.safetensors"
+    ).read_bytes()
     assert not (tmp_path / ".out.partial").exists()
 
 
 def test_resume_of_another_merge_starts_over_and_says_so(models, tmp_path):
     base, experts, *_ = models
-    arguments = ["--base", str(base), "--experts", *map(str, experts), "--method", "ties", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--base",
+        str(base),
+        "--experts",
+        *map(str, experts),
+        "--method",
+        "ties",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     subprocess.run([sys.executable, "-c", KILLED, "3", *arguments, "--density", "0.3"], capture_output=True)
     done = cli(*arguments, "--density", "0.4", "--resume")
     assert done.returncode == 0 and "is a different one: starting over" in done.stderr
@@ -311,7 +484,9 @@ def test_disk_full_is_an_error_before_anything_is_written(models, tmp_path):
     base, experts, *_ = models
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
@@ -327,11 +502,13 @@ def test_disk_that_fills_while_writing_leaves_nothing(models, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50))
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        with pytest.raises(InputError, match="the disk of .* is full"):
+        with pytest.raises(InputError, match=r"the disk of .* is full"):
             tool.merge(base, experts, "average", out=small / "out", dtype="float32")
         assert not list(small.iterdir())
     finally:
@@ -339,6 +516,7 @@ def test_disk_that_fills_while_writing_leaves_nothing(models, tmp_path, monkeypa
 
 
 # ---- mergekit's YAML ----
+
 
 def yaml_file(tmp_path, **config):
     path = tmp_path / "merge.yaml"
@@ -348,32 +526,61 @@ def yaml_file(tmp_path, **config):
 
 def test_yaml_recipe_with_scalars_gradients_and_filters(models, tmp_path):
     base, experts, base_t, experts_t = models
-    path = yaml_file(tmp_path, merge_method="task_arithmetic", base_model=str(base), dtype="float32", out_dtype="bfloat16",
-                     models=[{"model": str(base)},
-                             {"model": str(experts[0]), "parameters": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 2}]}},
-                             {"model": str(experts[1]), "parameters": {"weight": [1.0, 3.0]}}], parameters={"lambda": 0.5})
+    path = yaml_file(
+        tmp_path,
+        merge_method="task_arithmetic",
+        base_model=str(base),
+        dtype="float32",
+        out_dtype="bfloat16",
+        models=[
+            {"model": str(base)},
+            {"model": str(experts[0]), "parameters": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 2}]}},
+            {"model": str(experts[1]), "parameters": {"weight": [1.0, 3.0]}},
+        ],
+        parameters={"lambda": 0.5},
+    )
     done = cli("--config", path, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     got = load_file(tmp_path / "out" / "model.safetensors")
-    for name, weights in {"model.embed_tokens.weight": (2, 1), "model.layers.0.mlp.weight": (0.5, 1), "model.layers.1.mlp.weight": (0.5, 3),
-                          "model.layers.1.norm.weight": (2, 3), "model.norm.weight": (2, 3)}.items():
-        want = merge_tensors([base_t[name]], [[e[name]] for e in experts_t[:2]], "task_arithmetic", weights=list(weights), lam=0.5)[0]
+    for name, weights in {
+        "model.embed_tokens.weight": (2, 1),
+        "model.layers.0.mlp.weight": (0.5, 1),
+        "model.layers.1.mlp.weight": (0.5, 3),
+        "model.layers.1.norm.weight": (2, 3),
+        "model.norm.weight": (2, 3),
+    }.items():
+        want = merge_tensors(
+            [base_t[name]], [[e[name]] for e in experts_t[:2]], "task_arithmetic", weights=list(weights), lam=0.5
+        )[0]
         assert torch.equal(got[name], want), name
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"slices": []}, "key 'slices' is not supported"), ({"merge_method": "slerp"}, "merge_method 'slerp' is not supported"),
-    ({"tokenizer_source": "union"}, "tokenizer_source 'union' is not supported"), ({"parameters": {"t": 1}}, "parameter 't' is not supported"),
-    ({"models": [{"model": "x", "parameters": {"weigth": 1}}]}, "parameter 'weigth' of a model is not supported"),
-    ({"models": [{"model": "x"}]}, "parameter 'weight' is missing for model 1"), ({"models": [{"model": "x+lora", "parameters": {"weight": 1}}]}, "LoRA"),
-    ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16"), ({"base_model": None}, "base_model is needed by ties")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"slices": []}, "key 'slices' is not supported"),
+        ({"merge_method": "slerp"}, "merge_method 'slerp' is not supported"),
+        ({"tokenizer_source": "union"}, "tokenizer_source 'union' is not supported"),
+        ({"parameters": {"t": 1}}, "parameter 't' is not supported"),
+        ({"models": [{"model": "x", "parameters": {"weigth": 1}}]}, "parameter 'weigth' of a model is not supported"),
+        ({"models": [{"model": "x"}]}, "parameter 'weight' is missing for model 1"),
+        ({"models": [{"model": "x+lora", "parameters": {"weight": 1}}]}, "LoRA"),
+        ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16"),
+        ({"base_model": None}, "base_model is needed by ties"),
+    ],
+)
 def test_yaml_that_is_not_supported_names_the_key(tmp_path, change, message):
-    config = {"merge_method": "ties", "base_model": "b", "models": [{"model": "x", "parameters": {"weight": 1, "density": 0.5}}]}
+    config = {
+        "merge_method": "ties",
+        "base_model": "b",
+        "models": [{"model": "x", "parameters": {"weight": 1, "density": 0.5}}],
+    }
     with pytest.raises(InputError, match=message.replace("(", r"\(").replace("+", r"\+")):
         read_config(yaml_file(tmp_path, **{**config, **change}))
 
 
 # ---- sweep ----
+
 
 def test_sweep_keeps_the_best_and_reads_the_inputs_once(models, tmp_path, monkeypatch, capsys):
     base, experts, base_t, experts_t = models
@@ -386,8 +593,16 @@ def test_sweep_keeps_the_best_and_reads_the_inputs_once(models, tmp_path, monkey
         moved = float(sum((merged[n].float() - base_t[n].float()).abs().sum() for n in base_t))
         return {"math": (1 / (1 + abs(moved - 10)), 0.01), "if": (0.5, 0.02)}
 
-    rows = merge_sweep.sweep(str(base), [str(e) for e in experts], tmp_path / "out", methods=["ties", "task_arithmetic"], densities=[0.2, 0.5],
-                             lambdas=[0.5, 1.0], options={}, score=score)
+    rows = merge_sweep.sweep(
+        str(base),
+        [str(e) for e in experts],
+        tmp_path / "out",
+        methods=["ties", "task_arithmetic"],
+        densities=[0.2, 0.5],
+        lambdas=[0.5, 1.0],
+        options={},
+        score=score,
+    )
     assert len(rows) == 6 and rows[0].mean == max(r.mean for r in rows)
     assert len(calls) == 1 and calls[0][-1] == 2  # one selection for both densities, none per lambda
     best = rows[0]
@@ -412,10 +627,14 @@ def test_api_on_state_dicts_and_modules(models):
 
 
 def test_memory_is_bounded_by_chunks_not_by_the_model(tmp_path):
-    """160 MB of weights in, 40 MB out; the anonymous memory beyond the interpreter's stays under 40 MB, thresholds of the whole model included."""
+    """160 MB of weights in, 40 MB out; the anonymous memory beyond the interpreter's stays under 40 MB, thresholds of
+    the whole model included."""
     tensors = {f"w{i}": torch.randn(2_000_000).bfloat16() for i in range(10)}
     for name in ("b", "e0", "e1", "e2"):
-        write(tmp_path / name, {n: (x.float() + torch.randn(1) * 1e-3 + 1e-3 * x.float().roll(1)).bfloat16() for n, x in tensors.items()})
+        write(
+            tmp_path / name,
+            {n: (x.float() + torch.randn(1) * 1e-3 + 1e-3 * x.float().roll(1)).bfloat16() for n, x in tensors.items()},
+        )
     program = """if True:
         import re, sys, threading, time
         from m2rl.merge import main
@@ -430,8 +649,27 @@ def test_memory_is_bounded_by_chunks_not_by_the_model(tmp_path):
         code = main(sys.argv[1:])
         print(peak - before)
         sys.exit(code)"""
-    done = subprocess.run([sys.executable, "-c", program, "--base", tmp_path / "b", "--experts", *[tmp_path / f"e{k}" for k in range(3)],
-                           "--method", "ties", "--scope", "model", "--density", "0.2", "--out", tmp_path / "out"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program,
+            "--base",
+            tmp_path / "b",
+            "--experts",
+            *[tmp_path / f"e{k}" for k in range(3)],
+            "--method",
+            "ties",
+            "--scope",
+            "model",
+            "--density",
+            "0.2",
+            "--out",
+            tmp_path / "out",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.split()[-1]) < 40_000
 
@@ -443,10 +681,17 @@ def test_reader_refuses_what_overlaps_or_lies(tmp_path):
         return Checkpoint(tmp_path)
 
     with pytest.raises(InputError, match="a and b overlap"):
-        craft({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "b": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}})
+        craft(
+            {
+                "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+                "b": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]},
+            }
+        )
     with pytest.raises(InputError, match="needs 16 bytes, its offsets give 12"):
         craft({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}})
     with pytest.raises(InputError, match="has dtype F4, which is not known"):
         craft({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}})
-    assert np.array_equal(craft({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).bytes("a"), np.zeros(4, np.uint8))
+    assert np.array_equal(
+        craft({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).bytes("a"), np.zeros(4, np.uint8)
+    )
     assert os.path.exists(tmp_path / "model.safetensors")

@@ -1,7 +1,9 @@
 """Against mergekit itself, where its result is well defined: no ties at the threshold, no exact cancellation.
 
-Needs the `peers` extra. float32: bit for bit, or a stated number of float32 steps where its reductions add in another order; bfloat16
-arithmetic (`compute_dtype`): bit for bit for the elementwise rules. Random masks are not shared (mergekit's depend on the number of
+Needs the `peers` extra. float32: bit for bit, or a stated number of float32 steps where its reductions add in another
+order; bfloat16
+arithmetic (`compute_dtype`): bit for bit for the elementwise rules. Random masks are not shared (mergekit's depend on
+the number of
 threads), so for DARE ours is put into mergekit.
 """
 
@@ -11,9 +13,8 @@ import torch
 mergekit = pytest.importorskip("mergekit", reason="mergekit is not installed (pip install 'm2rl[peers]')")
 methods = pytest.importorskip("mergekit.merge_methods", reason="this mergekit has no tensor interface (needs 0.1.5)")
 
-from mergekit import sparsify  # noqa: E402
-
 from m2rl_kernels.delta_merge import merge_tensors, random_mask_ref  # noqa: E402
+from mergekit import sparsify  # noqa: E402
 
 K = 4
 
@@ -25,7 +26,10 @@ def models(sigma=1e-3, dtype=torch.float32, shape=(301, 157), seed=0):
 
 
 def theirs(method, base, experts, **parameters):
-    own = {key: {k + 1: v for k, v in enumerate(value)} if isinstance(value, list) else value for key, value in parameters.items()}
+    own = {
+        key: {k + 1: v for k, v in enumerate(value)} if isinstance(value, list) else value
+        for key, value in parameters.items()
+    }
     tensors = [base, *experts]
     return methods.merge_tensors(tensors, method, base_index=0, parameters=own)
 
@@ -41,12 +45,16 @@ def ours(method, base, experts, **options):
     return merge_tensors([base], [[x] for x in experts], method, preset="mergekit", **options)[0]
 
 
-CASES = [("task_arithmetic", "task_arithmetic", {}, {}), ("task_arithmetic", "task_arithmetic", {"normalize": True}, {"normalize": True}),
-         ("task_arithmetic", "task_arithmetic", {"lam": 0.7}, {"lambda": 0.7}), ("ties", "ties", {"density": 0.2}, {"density": 0.2}),
-         ("ties", "ties", {"density": 0.37, "lam": 0.5}, {"density": 0.37, "lambda": 0.5}),
-         ("ties", "ties", {"density": 0.2, "weights": [1, 0.5, 2, 0.1]}, {"density": 0.2, "weight": [1.0, 0.5, 2.0, 0.1]}),
-         ("breadcrumbs", "breadcrumbs", {"density": 0.3, "gamma": 0.02}, {"density": 0.3, "gamma": 0.02}),
-         ("breadcrumbs_ties", "breadcrumbs_ties", {"density": 0.3}, {"density": 0.3})]
+CASES = [
+    ("task_arithmetic", "task_arithmetic", {}, {}),
+    ("task_arithmetic", "task_arithmetic", {"normalize": True}, {"normalize": True}),
+    ("task_arithmetic", "task_arithmetic", {"lam": 0.7}, {"lambda": 0.7}),
+    ("ties", "ties", {"density": 0.2}, {"density": 0.2}),
+    ("ties", "ties", {"density": 0.37, "lam": 0.5}, {"density": 0.37, "lambda": 0.5}),
+    ("ties", "ties", {"density": 0.2, "weights": [1, 0.5, 2, 0.1]}, {"density": 0.2, "weight": [1.0, 0.5, 2.0, 0.1]}),
+    ("breadcrumbs", "breadcrumbs", {"density": 0.3, "gamma": 0.02}, {"density": 0.3, "gamma": 0.02}),
+    ("breadcrumbs_ties", "breadcrumbs_ties", {"density": 0.3}, {"density": 0.3}),
+]
 
 
 @pytest.mark.parametrize("name,peer,options,parameters", CASES)
@@ -64,17 +72,22 @@ def test_bfloat16_arithmetic_is_bit_for_bit(name, peer, options, parameters):
 
 
 def test_bfloat16_ties_with_distinct_magnitudes_is_bit_for_bit():
-    magnitudes = (torch.arange(1, 25_000)).to(torch.int16).view(torch.bfloat16)  # every positive bfloat16 up to ~1e12, once
+    magnitudes = (
+        (torch.arange(1, 25_000)).to(torch.int16).view(torch.bfloat16)
+    )  # every positive bfloat16 up to ~1e12, once
     g = torch.Generator().manual_seed(0)
     base = torch.zeros_like(magnitudes)
-    experts = [magnitudes[torch.randperm(len(magnitudes), generator=g)] * (torch.randint(2, (len(magnitudes),), generator=g) * 2 - 1).bfloat16()
-               for _ in range(K)]
+    experts = [
+        magnitudes[torch.randperm(len(magnitudes), generator=g)]
+        * (torch.randint(2, (len(magnitudes),), generator=g) * 2 - 1).bfloat16()
+        for _ in range(K)
+    ]
     assert torch.equal(ours("ties", base, experts, density=0.2), theirs("ties", base, experts, weight=1.0, density=0.2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_average(dtype):
-    base, experts = models(dtype=dtype)
+    _, experts = models(dtype=dtype)
     weights = [1.0, 2.0, 0.5, 1.0]
     want = methods.merge_tensors(experts, "linear", parameters={"weight": dict(enumerate(weights))})
     got = merge_tensors(None, [[x] for x in experts], "average", weights=weights)[0]
@@ -91,7 +104,9 @@ def test_dare_with_our_mask_in_theirs(peer, monkeypatch):
     monkeypatch.setattr(sparsify.torch, "bernoulli", lambda p: next(masks))
     want = theirs(peer, base, experts, weight=1.0, density=0.6)
     got = ours(peer, base, experts, density=0.6)
-    assert float((got - want).abs().max()) < 3e-8  # of values up to 0.25; the L1 norms are float32 sums there, float64 here
+    assert (
+        float((got - want).abs().max()) < 3e-8
+    )  # of values up to 0.25; the L1 norms are float32 sums there, float64 here
 
 
 @pytest.mark.parametrize("select", [1.0, 0.3])

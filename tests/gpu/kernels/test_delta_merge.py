@@ -2,24 +2,44 @@
 
 import pytest
 import torch
-
 from m2rl_kernels.delta_merge import merge_tensors, topk_masks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SHAPES = [(700, 33), (5000,), (1,), (0, 4), (300, 257), (1 << 20,)]
-EXACT = [("average", {}), ("task_arithmetic", {"lam": 0.7}), ("ties", {"density": 0.2}), ("ties", {"density": 0.3, "scope": "model"}),
-         ("ties", {"density": 0.3, "preset": "paper"}), ("dare_linear", {"density": 0.3}), ("dare_ties", {"density": 0.5}),
-         ("dare_ties", {"density": 0.8, "trim_density": 0.2}), ("ram", {}), ("ram_plus", {}), ("breadcrumbs", {"density": 0.3}),
-         ("ties", {"density": 0.2, "compute_dtype": "bfloat16"})]
-SUMMED = [("sce", {}), ("sce", {"density": 0.2}), ("dare_linear", {"density": 0.3, "rescale": "l1"}), ("model_stock", {}), ("karcher", {})]
+EXACT = [
+    ("average", {}),
+    ("task_arithmetic", {"lam": 0.7}),
+    ("ties", {"density": 0.2}),
+    ("ties", {"density": 0.3, "scope": "model"}),
+    ("ties", {"density": 0.3, "preset": "paper"}),
+    ("dare_linear", {"density": 0.3}),
+    ("dare_ties", {"density": 0.5}),
+    ("dare_ties", {"density": 0.8, "trim_density": 0.2}),
+    ("ram", {}),
+    ("ram_plus", {}),
+    ("breadcrumbs", {"density": 0.3}),
+    ("ties", {"density": 0.2, "compute_dtype": "bfloat16"}),
+]
+SUMMED = [
+    ("sce", {}),
+    ("sce", {"density": 0.2}),
+    ("dare_linear", {"density": 0.3, "rescale": "l1"}),
+    ("model_stock", {}),
+    ("karcher", {}),
+]
 
 
 def models(dtype, experts):
     g = torch.Generator().manual_seed(0)
     base = [torch.randn(s, generator=g) * 0.05 for s in SHAPES]
-    tuned = [[(b + torch.randn(b.shape, generator=g) * 1e-3 * (torch.rand(b.shape, generator=g) < 0.4)).to(dtype) for b in base]
-             for _ in range(experts)]
+    tuned = [
+        [
+            (b + torch.randn(b.shape, generator=g) * 1e-3 * (torch.rand(b.shape, generator=g) < 0.4)).to(dtype)
+            for b in base
+        ]
+        for _ in range(experts)
+    ]
     return [b.to(dtype) for b in base], tuned
 
 
@@ -60,7 +80,9 @@ def test_unaligned_views_and_shards():
     b, e = base[5].cuda(), [x[5].cuda() for x in tuned]
     whole = merge_tensors([b], [[x] for x in e], "dare_linear", density=0.5, names=["w"])[0]
     for cut in (1, 77, 128, 4096):
-        part = merge_tensors([b[cut:]], [[x[cut:]] for x in e], "dare_linear", density=0.5, names=["w"], offsets=[cut])[0]
+        part = merge_tensors([b[cut:]], [[x[cut:]] for x in e], "dare_linear", density=0.5, names=["w"], offsets=[cut])[
+            0
+        ]
         assert torch.equal(part, whole[cut:])
 
 
