@@ -76,6 +76,8 @@ def compare(found: str, want: str) -> Verdict:
             return Verdict(1.0, "ok", found)
         if mine.denominator == gold.denominator == 1:
             return Verdict(0.0, "wrong", found)
+    if (same := _same_numbers(found, want)) is not None:
+        return Verdict(float(same), "ok" if same else "wrong", found)
     if _HUGE.search(found) and not _HUGE.search(want):
         return Verdict(0.0, "wrong", f"not worth computing: {found}")
     return _symbolic(found, want)
@@ -104,6 +106,34 @@ def number(text: str) -> Fraction | None:
     return Fraction(-top if found.group(1) == "-" else top, bottom) if bottom else None
 
 
+_OPEN, _CLOSE = {"(": "(", "[": "[", "\\{": "{", "": ""}, {")": ")", "]": "]", "\\}": "}", "": ""}
+_SEQUENCE = re.compile(r"(\(|\[|\\\{|)([^()\[\]{}]{1,256})(\)|\]|\\\}|)$")
+
+
+def _numbers(text: str) -> tuple[str, list[Fraction]] | None:
+    """(brackets, elements) of a tuple, interval, set or bare list of two or more plain numbers."""
+    found = _SEQUENCE.match(text.replace("\\left", "").replace("\\right", "").replace(" ", ""))
+    if found is None or "," not in found.group(2):
+        return None
+    elements = [number(part) for part in found.group(2).split(",")]
+    known = [x for x in elements if x is not None]
+    if len(known) < len(elements) or re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", found.group(2)):  # 1,000 may be one number
+        return None
+    return _OPEN[found.group(1)] + _CLOSE[found.group(3)], known
+
+
+def _same_numbers(found: str, want: str) -> bool | None:
+    """Do lists in the same brackets hold the same numbers, sets and bare lists in any order? None: ask others."""
+    mine, gold = _numbers(found), _numbers(want)
+    if mine is None or gold is None or mine[0] != gold[0]:
+        return None
+    a, b = (mine[1], gold[1]) if gold[0] not in ("", "{}") else (sorted(set(mine[1])), sorted(set(gold[1])))
+    if a == b:
+        return True
+    whole = all(x.denominator == 1 for x in (*a, *b))
+    return False if whole or len(a) != len(b) else None  # decimals may be rounded
+
+
 def warm() -> None:
     """Import sympy and its parser, a second or two, before a deadline counts."""
     _symbolic("\\frac{1}{x}", "x")
@@ -113,14 +143,11 @@ def warm() -> None:
 def _symbolic(found: str, want: str) -> Verdict:
     if threading.current_thread() is not threading.main_thread():
         return Verdict(0.0, "error", "math-verify needs the main thread of its process: judge through a pool")
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import verify
     from math_verify.errors import TimeoutException
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     try:
-        target = [LatexExtractionConfig(boxed_match_priority=0)]
-        gold = parse(f"\\boxed{{{want}}}", target, parsing_timeout=TIMEOUT_S, raise_on_error=True)
-        mine = parse(f"\\boxed{{{found}}}", parsing_timeout=TIMEOUT_S, raise_on_error=True)
+        gold, mine = _parsed(want, True), _parsed(found, False)
         if not mine:
             return Verdict(0.0, "unparsed", found)
         ok = bool(verify(gold, mine, timeout_seconds=TIMEOUT_S, raise_on_error=True))
@@ -129,3 +156,13 @@ def _symbolic(found: str, want: str) -> Verdict:
     except (Exception, RecursionError) as error:  # sympy fails in many ways on what is not mathematics
         return Verdict(0.0, "wrong", f"{found} ({type(error).__name__})")
     return Verdict(float(ok), "ok" if ok else "wrong", found)
+
+
+@functools.lru_cache(1024)  # a group has one expected answer, and its samples repeat each other
+def _parsed(text: str, expected: bool) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+    targets = [latex] if expected else [latex, ExprExtractionConfig()]
+    return parse(f"\\boxed{{{text}}}", targets, parsing_timeout=TIMEOUT_S, raise_on_error=True)
