@@ -54,8 +54,10 @@ class CarryOver:
 
     def enough(self, sharing: Sharing, prompts: int) -> bool:
         """Whether all carried groups and all but `allowance` of the new ones are complete, over all ranks."""
-        return (sharing.add("carried done", 0) >= len(self.places)
-                and sharing.add("new done", 0) >= prompts - self.allowance)
+        return (
+            sharing.add("carried done", 0) >= len(self.places)
+            and sharing.add("new done", 0) >= prompts - self.allowance
+        )
 
     def leave(self, groups: list[Group]) -> None:
         """Keep this rank's unfinished groups for the next rollout; collective."""

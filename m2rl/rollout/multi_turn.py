@@ -26,8 +26,9 @@ from m2rl.types import Prompt, Sample, Verdict
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], *, tokenize: bool,
-                            add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
@@ -55,8 +56,9 @@ _TURN = "an-assistant-turn-stood-here"  # plain text that no template rewrites
 _LONGEST_END = 8  # tokens in which an assistant turn's end may overlap what the model wrote
 
 
-def environment_tokens(tokens: Sequence[int], messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer,
-                       **template_options: Any) -> list[int]:
+def environment_tokens(
+    tokens: Sequence[int], messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, **template_options: Any
+) -> list[int]:
     """The token ids [E] that stand between an assistant turn and the next one.
 
     tokens: what precedes, ending with the assistant turn as it was sampled; its end-of-turn token is not repeated when
@@ -88,9 +90,19 @@ def append_environment(tokens: list[int], mask: list[bool], logp: list[float], n
 class Conversation:
     """One response in the making: its tokens, mask and log-probabilities so far, and what to ask of the engine next."""
 
-    def __init__(self, prompt: Prompt, index: int, environment: Environment | None, tokenizer: Tokenizer, *,
-                 max_new_tokens: int, run_seed: int, step: int, temperature: float = 1.0,
-                 template_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        index: int,
+        environment: Environment | None,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: int,
+        run_seed: int,
+        step: int,
+        temperature: float = 1.0,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """environment: None for an ordinary prompt, answered in one turn and left unverified.
 
         max_new_tokens: of the whole response, shared by the model's and the environment's tokens.
@@ -112,9 +124,13 @@ class Conversation:
     def request(self, id: int) -> Request:
         """The next turn. Its seed depends on the prompt, the index and the turn, not on the order of events."""
         turn = f"/turn{self.turns}" if self.turns else ""  # the first turn draws as a single-turn response does
-        return Request(id=id, tokens=(*self.prompt.tokens, *self.tokens),
-                       seed=sample_seed(self._run_seed, self._step, self.prompt.id + turn, self.index),
-                       max_new_tokens=self._max_new_tokens - len(self.tokens), temperature=self._temperature)
+        return Request(
+            id=id,
+            tokens=(*self.prompt.tokens, *self.tokens),
+            seed=sample_seed(self._run_seed, self._step, self.prompt.id + turn, self.index),
+            max_new_tokens=self._max_new_tokens - len(self.tokens),
+            temperature=self._temperature,
+        )
 
     def take(self, turn: Finished) -> bool:
         """Take in one generated turn and let the environment answer; True once nothing more is to be generated."""
@@ -143,18 +159,35 @@ class Conversation:
     def sample(self) -> Sample:
         """The finished sample, verified by its environment; unverified without one, or when it was aborted."""
         multi = self.environment is not None
-        sample = Sample(prompt=self.prompt, index=self.index, tokens=self.tokens, logp=self.logp, finish=self._finish,
-                        weight_version=self._weight_version, mask=self.mask if multi else None,
-                        text=self._tokenizer.decode(self.tokens, skip_special_tokens=not multi))
+        sample = Sample(
+            prompt=self.prompt,
+            index=self.index,
+            tokens=self.tokens,
+            logp=self.logp,
+            finish=self._finish,
+            weight_version=self._weight_version,
+            mask=self.mask if multi else None,
+            text=self._tokenizer.decode(self.tokens, skip_special_tokens=not multi),
+        )
         if self.environment is not None and self._finish != "abort":
             verdict = self.environment.verdict()
             sample.reward, sample.status, sample.detail = verdict.reward, verdict.status, verdict.detail
         return sample
 
 
-def run_episodes(engine: Engine, prompts: Iterable[Prompt], start: Callable[[Prompt], Environment | None],
-                 tokenizer: Tokenizer, *, group_size: int, max_new_tokens: int, run_seed: int, step: int,
-                 temperature: float = 1.0, template_options: Mapping[str, Any] | None = None) -> Iterator[Sample]:
+def run_episodes(
+    engine: Engine,
+    prompts: Iterable[Prompt],
+    start: Callable[[Prompt], Environment | None],
+    tokenizer: Tokenizer,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    run_seed: int,
+    step: int,
+    temperature: float = 1.0,
+    template_options: Mapping[str, Any] | None = None,
+) -> Iterator[Sample]:
     """`group_size` samples of every prompt, each as it finishes, all of them in flight at once.
 
     start: opens the environment of one conversation, or None for a single-turn prompt, so that one call serves a mixed
@@ -169,8 +202,16 @@ def run_episodes(engine: Engine, prompts: Iterable[Prompt], start: Callable[[Pro
     for prompt in prompts:
         for index in range(group_size):
             flying[len(flying)] = Conversation(
-                prompt, index, start(prompt), tokenizer, max_new_tokens=max_new_tokens, run_seed=run_seed, step=step,
-                temperature=temperature, template_options=template_options)
+                prompt,
+                index,
+                start(prompt),
+                tokenizer,
+                max_new_tokens=max_new_tokens,
+                run_seed=run_seed,
+                step=step,
+                temperature=temperature,
+                template_options=template_options,
+            )
     try:
         engine.submit([conversation.request(id) for id, conversation in flying.items()])
         while flying:

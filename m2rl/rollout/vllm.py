@@ -66,8 +66,9 @@ def check_version(installed: Mapping[str, str] | None = None) -> str:
         raise InputError(f'rollout.engine "vllm": vllm is not installed ({INSTALL}); "native" needs nothing')
     name, version = next(iter(installed.items()))
     if not _number(OLDEST) <= _number(version) < _number(TOO_NEW):
-        raise InputError(f"{name} {version} is not in the range that m2rl was tested with, >= {OLDEST} and < {TOO_NEW} "
-                         f"({INSTALL})")
+        raise InputError(
+            f"{name} {version} is not in the range that m2rl was tested with, >= {OLDEST} and < {TOO_NEW} ({INSTALL})"
+        )
     return version
 
 
@@ -80,8 +81,10 @@ def check_allocator(environment: Mapping[str, str]) -> None:
     """vLLM's sleeping allocator switches expandable segments off around its pools if it sees them."""
     here, seen = (environment.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     if "expandable_segments:True" in here and "expandable_segments:True" not in seen:
-        raise InputError("PYTORCH_ALLOC_CONF sets expandable_segments:True, which breaks vLLM's sleep mode: set it in "
-                         "PYTORCH_CUDA_ALLOC_CONF instead, the name that vLLM inspects, or leave it out")
+        raise InputError(
+            "PYTORCH_ALLOC_CONF sets expandable_segments:True, which breaks vLLM's sleep mode: set it in "
+            "PYTORCH_CUDA_ALLOC_CONF instead, the name that vLLM inspects, or leave it out"
+        )
 
 
 def hf_names(model: nn.Module) -> dict[str, list[str]]:
@@ -138,15 +141,29 @@ class VllmEngine:
                 current_platform.simple_compile_backend = "eager"  # else the first step compiles C++ for 12 s
             self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
             r, launched = self.config.rollout, "RANK" in os.environ and dist.is_initialized()
-            engine = LLMEngine.from_engine_args(EngineArgs(
-                model=model_path, skip_tokenizer_init=True, generation_config="vllm", load_format="dummy", seed=0,
-                dtype=self.config.model.compute_dtype, max_model_len=self.max_length, max_num_seqs=r.max_sequences,
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
-                enable_prefix_caching=True, enforce_eager=not cuda, enable_sleep_mode=cuda, disable_log_stats=True,
-                # CPU: a seeded request whose prompt is read in parts would rewind its generator, which only CUDA's can.
-                enable_chunked_prefill=cuda, max_num_batched_tokens=max(8192, self.max_length),
-                kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30), tensor_parallel_size=r.tensor_parallel,
-                distributed_executor_backend="external_launcher" if launched else None))
+            engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=model_path,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    load_format="dummy",
+                    seed=0,
+                    dtype=self.config.model.compute_dtype,
+                    max_model_len=self.max_length,
+                    max_num_seqs=r.max_sequences,
+                    logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
+                    enable_prefix_caching=True,
+                    enforce_eager=not cuda,
+                    enable_sleep_mode=cuda,
+                    disable_log_stats=True,
+                    # CPU: a seeded request whose prompt is read in parts rewinds its generator; only CUDA's can be.
+                    enable_chunked_prefill=cuda,
+                    max_num_batched_tokens=max(8192, self.max_length),
+                    kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30),
+                    tensor_parallel_size=r.tensor_parallel,
+                    distributed_executor_backend="external_launcher" if launched else None,
+                )
+            )
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
         _ALIVE.append(engine)
         return engine
@@ -168,14 +185,27 @@ class VllmEngine:
             if new < 1:
                 raise ValueError(f"request {request.id}: max_new_tokens must be at least 1, got {new}")
             if length > self.max_length:
-                raise ValueError(f"request {request.id}: {len(request.tokens)} tokens and {new} new ones exceed the "
-                                 f"engine's {self.max_length}")
+                raise ValueError(
+                    f"request {request.id}: {len(request.tokens)} tokens and {new} new ones exceed the "
+                    f"engine's {self.max_length}"
+                )
             if request.id in self.requests:
                 raise ValueError(f"request {request.id}: this id is in flight already")
-            self.engine.add_request(str(request.id), {"prompt_token_ids": list(request.tokens)}, self._sampling_params(
-                temperature=request.temperature, seed=request.seed if self.seeded else None, max_tokens=new, logprobs=0,
-                flat_logprobs=True, stop_token_ids=self.end_tokens, ignore_eos=True, detokenize=False,
-                output_kind=self._final_only))
+            self.engine.add_request(
+                str(request.id),
+                {"prompt_token_ids": list(request.tokens)},
+                self._sampling_params(
+                    temperature=request.temperature,
+                    seed=request.seed if self.seeded else None,
+                    max_tokens=new,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    stop_token_ids=self.end_tokens,
+                    ignore_eos=True,
+                    detokenize=False,
+                    output_kind=self._final_only,
+                ),
+            )
             self.requests[request.id] = request
         self._report()
 
@@ -260,10 +290,14 @@ class VllmEngine:
         if group not in self.plans:
             size = self.config.rollout.tensor_parallel
             self.plans[group] = SyncPlan(
-                shards, dict(self.model.named_parameters()), world_size=group.size() if group else 1,
-                rank=group.rank() if group else 0, tp_size=size,
+                shards,
+                dict(self.model.named_parameters()),
+                world_size=group.size() if group else 1,
+                rank=group.rank() if group else 0,
+                tp_size=size,
                 tp_rank=dist.get_rank() % size if dist.is_initialized() else 0,
-                fused=getattr(self.model, "packed_modules_mapping", {}))
+                fused=getattr(self.model, "packed_modules_mapping", {}),
+            )
         return self.plans[group]
 
     def _before_writing(self) -> None:
@@ -292,8 +326,10 @@ class VllmEngine:
     def _reload(self, weights: Mapping[str, Tensor]) -> None:
         expected = {n for names in hf_names(self.model).values() for n in names}
         if weights.keys() != expected:
-            raise RuntimeError(f"sync: vLLM's parameters and the policy's differ: not in the policy "
-                               f"{sorted(expected - weights.keys())}, not in vLLM {sorted(weights.keys() - expected)}")
+            raise RuntimeError(
+                f"sync: vLLM's parameters and the policy's differ: not in the policy "
+                f"{sorted(expected - weights.keys())}, not in vLLM {sorted(weights.keys() - expected)}"
+            )
         self._worker().reload_weights(weights_iterator=iter(weights.items()))
         for module in self.model.modules():  # a tied head keeps its packed copy of the old embedding through a reload
             if hasattr(module, "cpu_linear") and module.weight.numel():
@@ -318,8 +354,10 @@ class VllmEngine:
             free_cache()
             need, free = self.config.rollout.kv_cache_gib, self._note("weights")
             if free < need:
-                raise RuntimeError(f"the KV cache needs {need:.1f} GiB and {free:.1f} are free (GiB at every edge: "
-                                   f"{self.ledger}): lower rollout.kv_cache_gib or set rollout.park_optimizer")
+                raise RuntimeError(
+                    f"the KV cache needs {need:.1f} GiB and {free:.1f} are free (GiB at every edge: "
+                    f"{self.ledger}): lower rollout.kv_cache_gib or set rollout.park_optimizer"
+                )
             self.engine.wake_up(["kv_cache"])
             self.asleep.clear()
             self._drop_prefix_cache()

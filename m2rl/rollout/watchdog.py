@@ -51,10 +51,13 @@ class Watchdog:
             silent = time.monotonic() - self.since
             if self.pending and silent > self.timeout_s:
                 rank = os.environ.get("RANK", "0")
-                print(f"m2rl: rank {rank}: {self.what} generated no token for {silent:.0f} s with {self.pending} "
-                      f"requests in flight (rollout.stall_timeout_s = {self.timeout_s:g}); this rank ends with status "
-                      f"{EXIT_STATUS}, the same command resumes from the last complete checkpoint. Stacks:",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"m2rl: rank {rank}: {self.what} generated no token for {silent:.0f} s with {self.pending} "
+                    f"requests in flight (rollout.stall_timeout_s = {self.timeout_s:g}); this rank ends with status "
+                    f"{EXIT_STATUS}, the same command resumes from the last complete checkpoint. Stacks:",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
                 os._exit(EXIT_STATUS)

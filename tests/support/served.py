@@ -68,7 +68,8 @@ def unpacked() -> Iterator[None]:
 
     pack = layers.dispatch_cpu_unquantized_gemm
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(
-        layer, "cpu_linear", torch.nn.functional.linear)
+        layer, "cpu_linear", torch.nn.functional.linear
+    )
     try:
         yield
     finally:

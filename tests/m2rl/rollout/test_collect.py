@@ -72,8 +72,18 @@ def prompt(k):
 
 
 def rollout(engine, lengths, n=2, step=0, **more):
-    return collect(engine, Pool(), TOKENIZER, [prompt(k) for k in lengths], n, seed=0, step=step, max_new_tokens=100,
-                   temperature=1.0, **more)
+    return collect(
+        engine,
+        Pool(),
+        TOKENIZER,
+        [prompt(k) for k in lengths],
+        n,
+        seed=0,
+        step=step,
+        max_new_tokens=100,
+        temperature=1.0,
+        **more,
+    )
 
 
 def test_results_are_in_the_prompts_order_whatever_finishes_first():
@@ -154,8 +164,9 @@ def test_carried_tokens_have_the_log_probabilities_of_the_weights_that_drew_them
     carry = CarryOver(2)
     before = 0
     for step in range(2):
-        samples = collect(engine, Pool(), TOKENIZER, prompts, 2, seed=0, step=step, max_new_tokens=40,
-                          temperature=0.8, carry=carry)
+        samples = collect(
+            engine, Pool(), TOKENIZER, prompts, 2, seed=0, step=step, max_new_tokens=40, temperature=0.8, carry=carry
+        )
         assert len(samples) == 2 * (len(prompts) - len(carry.places)) + before
         before = 2 * len(carry.places)
         if step == 0:
@@ -170,20 +181,38 @@ def test_carried_tokens_have_the_log_probabilities_of_the_weights_that_drew_them
         assert s.tokens[:n] == mine.tokens and not end & set(s.tokens[:-1])
         context = torch.tensor([[*s.prompt.tokens, *s.tokens]])
         start = len(s.prompt.tokens)
-        by_policy = [(p.model(input_ids=context).logits[0, start - 1 : -1].detach() / 0.8).log_softmax(-1)
-                     .gather(1, context[0, start:, None])[:, 0] for p in policies]
+        by_policy = [
+            (p.model(input_ids=context).logits[0, start - 1 : -1].detach() / 0.8)
+            .log_softmax(-1)
+            .gather(1, context[0, start:, None])[:, 0]
+            for p in policies
+        ]
         want = torch.cat([by_policy[0][:n], by_policy[1][n:]])
         np.testing.assert_allclose(s.logp, want.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--rollout.carry-over", "0.2"], "needs rollout.deterministic = false"),
-    (["--rollout.carry-over", "1", "--rollout.deterministic", "False"], r"carry_over must be in \[0, 1\)"),
-    (["--rollout.carry-over", "0.1", "--rollout.deterministic", "False", "--objective.tis-cap", "0"],
-     "tis_cap above 0"),
-    (["--rollout.carry-over", "0.1", "--rollout.deterministic", "False", "--rollout.dynamic-sampling-rounds", "1"],
-     "exclude each other"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rollout.carry-over", "0.2"], "needs rollout.deterministic = false"),
+        (["--rollout.carry-over", "1", "--rollout.deterministic", "False"], r"carry_over must be in \[0, 1\)"),
+        (
+            ["--rollout.carry-over", "0.1", "--rollout.deterministic", "False", "--objective.tis-cap", "0"],
+            "tis_cap above 0",
+        ),
+        (
+            [
+                "--rollout.carry-over",
+                "0.1",
+                "--rollout.deterministic",
+                "False",
+                "--rollout.dynamic-sampling-rounds",
+                "1",
+            ],
+            "exclude each other",
+        ),
+    ],
+)
 def test_config_rules(options, message):
     with pytest.raises(InputError, match=message):
         load(options)

@@ -173,8 +173,11 @@ def test_misuse_is_refused_by_name(one, tmp_path):
     from m2rl.rollout.vllm import VllmEngine
 
     engine, policy = one
-    for bad, why in ((Request(1, (), 0, 4), "must not be empty"), (Request(1, (2,), 0, 0), "at least 1, got 0"),
-                     (Request(1, prompt(0, 350), 0, 40), "exceed the engine's 360")):
+    for bad, why in (
+        (Request(1, (), 0, 4), "must not be empty"),
+        (Request(1, (2,), 0, 0), "at least 1, got 0"),
+        (Request(1, prompt(0, 350), 0, 40), "exceed the engine's 360"),
+    ):
         with pytest.raises(ValueError, match=why):
             engine.submit([bad])
     engine.submit([Request(1, prompt(0), 0, 4)])

@@ -56,15 +56,20 @@ def test_fused_parameters_are_named_by_their_parts():
     assert hf_names(Model()) == {
         "layer.qkv_proj.weight": ["layer.q_proj.weight", "layer.k_proj.weight", "layer.v_proj.weight"],
         "layer.qkv_proj.bias": ["layer.q_proj.bias", "layer.k_proj.bias", "layer.v_proj.bias"],
-        "layer.o_proj.weight": ["layer.o_proj.weight"], "embed.weight": ["embed.weight"]}
+        "layer.o_proj.weight": ["layer.o_proj.weight"],
+        "embed.weight": ["embed.weight"],
+    }
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--rollout.tensor-parallel", "0"], "tensor_parallel must be at least 1"),
-    (["--rollout.tensor-parallel", "2"], 'above 1 needs rollout.engine "vllm"'),
-    (["--rollout.kv-cache-gib", "0"], "kv_cache_gib must be above 0"),
-    (["--rollout.stall-timeout-s", "0"], "stall_timeout_s must be above 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rollout.tensor-parallel", "0"], "tensor_parallel must be at least 1"),
+        (["--rollout.tensor-parallel", "2"], 'above 1 needs rollout.engine "vllm"'),
+        (["--rollout.kv-cache-gib", "0"], "kv_cache_gib must be above 0"),
+        (["--rollout.stall-timeout-s", "0"], "stall_timeout_s must be above 0"),
+    ],
+)
 def test_config_rules(options, message):
     with pytest.raises(InputError, match=message):
         load(options)
@@ -117,8 +122,15 @@ def test_memory_changes_hands_in_order(monkeypatch):
     engine.sync(None, 1)
     engine.wake()
     engine.wake()  # awake already
-    assert engine.engine.calls == ["sleep 2", "free trainer's cache", "wake weights", "write", "free trainer's cache",
-                                   "wake kv_cache", "drop cache"]
+    assert engine.engine.calls == [
+        "sleep 2",
+        "free trainer's cache",
+        "wake weights",
+        "write",
+        "free trainer's cache",
+        "wake kv_cache",
+        "drop cache",
+    ]
     assert list(engine.ledger) == ["asleep", "trained", "weights", "awake"] and engine.version == 1
 
 

@@ -1,4 +1,4 @@
-"""`torchrun -m m2rl.train`, the built-in model, through the real vLLM: it learns as through the default engine, and a run
+"""`torchrun -m m2rl.train` through the real vLLM: the built-in model learns as through the default engine, and a run
 whose engine stalls ends with the reason and continues from its last checkpoint."""
 
 import json

@@ -25,8 +25,13 @@ decode_forever()
 
 
 def run(stall: str, before: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", STALL.format(stall=stall, before=before)], capture_output=True,
-                          text=True, timeout=60, env={**os.environ, "RANK": "5"})
+    return subprocess.run(
+        [sys.executable, "-c", STALL.format(stall=stall, before=before)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "RANK": "5"},
+    )
 
 
 def test_a_stall_ends_the_rank_with_reason_and_stacks():
