@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -103,9 +103,7 @@ def _varlen_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float
         if k.shape[1] != q.shape[1]:  # varlen_attn of the older torch releases takes equal head counts
             repeat = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        return varlen_attn(  # type: ignore[return-value]  one tensor unless return_aux is asked for
-            q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0)
-        )
+        return cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0)))
     return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
 
 
@@ -129,8 +127,7 @@ class Policy(nn.Module):
         self, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float = 1.0, with_entropy: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability (nats, float32) of targets_N after the tokens up to rows_N, and the entropy there."""
-        hidden_NH = self.hidden(packed)[rows_N]
-        head_VH = self.head
+        hidden_NH, head_VH = self.hidden(packed)[rows_N], self.head
         if not with_entropy:
             return linear_logprob(hidden_NH, head_VH, targets_N, temperature=temperature), None
         return linear_logprob(hidden_NH, head_VH, targets_N, temperature=temperature, return_entropy=True)
