@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from m2rl.config import Config, Domain
 from m2rl.data import blend
 from m2rl.data.rows import Row, Shelf, files, normalise, positioned_records
-from m2rl.domains import check_spec, procedural
+from m2rl.domains import check_spec, procedural, reasoning_gym
 from m2rl.types import InputError, Prompt
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
 
+GENERATED = ("procedural", "reasoning_gym")  # in place of files
 TEMPLATE_TOKENS = 128  # of roles and tool instructions, at most
 
 
@@ -165,6 +166,35 @@ class ProceduralSource:
         return self.encoder.demonstration(Row("", self.domain, None, problem.prompt, response, {}))
 
 
+class ReasoningGymSource:
+    """Generated problems of one task of Reasoning Gym."""
+
+    size: int | None = None
+
+    def __init__(self, domain: str, seed: int, encoder: Encoder):
+        self.domain, self.seed, self.encoder = domain, seed, encoder
+        self.prompt(0)  # an unknown task, or a missing library, shows here
+
+    def prompt(self, index: int) -> Prompt:
+        question, spec = reasoning_gym.problem(self.domain, self.seed, index)
+        return self.encoder.prompt(Row(f"{self.domain}/{self.seed}-{index}", self.domain, None, question, None, spec))
+
+    def demonstration(self, index: int) -> tuple[list[int], list[bool]]:
+        raise InputError(f"domain {self.domain}: Reasoning Gym has problems, not demonstrations; SFT needs other data")
+
+
+def generated(config: Config) -> list[str]:
+    """The [[domain]]s that "procedural" stands for."""
+    return [d.name for d in config.domain if not d.name.startswith(reasoning_gym.PREFIX)]
+
+
+def reasoning_gym_domains(config: Config) -> list[str]:
+    names = [d.name for d in config.domain if d.name.startswith(reasoning_gym.PREFIX)]
+    if not names:
+        raise InputError('data: "reasoning_gym" needs a [[domain]] for each task, e.g. name = "rg_gcd"')
+    return names
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a set of files held."""
@@ -193,7 +223,7 @@ def load_sources(
     limit = config.rollout.max_prompt_tokens
     sources: dict[str, Source] = {}
     if "procedural" in patterns:
-        for domain in [d.name for d in config.domain] or list(procedural.DOMAINS):
+        for domain in generated(config) or list(procedural.DOMAINS):
             if domain not in procedural.DOMAINS:
                 raise InputError(
                     f"data.train: no procedural problems for domain {domain!r} "
@@ -203,7 +233,10 @@ def load_sources(
     shelves: dict[str, Shelf] = {}
     skipped: Counter[str] = Counter()
     asked = {d.name for d in config.domain}
-    for path in files([p for p in patterns if p != "procedural"]):
+    if "reasoning_gym" in patterns:
+        for domain in reasoning_gym_domains(config):
+            sources[domain] = ReasoningGymSource(domain, config.seed, encoder)
+    for path in files([p for p in patterns if p not in GENERATED]):
         for where, offset, record in positioned_records(path):
             whole = blend.plain(record, where)
             if isinstance(whole, str):
@@ -296,12 +329,16 @@ def eval_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     encoder = Encoder(tokenizer, config.domain)
     out: list[Prompt] = []
     if "procedural" in config.data.eval:
-        for domain in [d.name for d in config.domain] or procedural.DOMAINS:
+        for domain in generated(config) or procedural.DOMAINS:
             out += [
                 encoder.prompt(Row(f"{domain}/{problem.prompt}", domain, None, problem.prompt, None, problem.spec))
                 for problem in procedural.eval_set(domain, config.evaluation.problems)
             ]
-    patterns = [p for p in config.data.eval if p != "procedural"]
+    if "reasoning_gym" in config.data.eval:
+        for domain in reasoning_gym_domains(config):
+            held_out = ReasoningGymSource(domain, config.seed + reasoning_gym.HELD_OUT, encoder)
+            out += [held_out.prompt(i) for i in range(config.evaluation.problems)]
+    patterns = [p for p in config.data.eval if p not in GENERATED]
     if patterns:
         loaded = load_sources(patterns, config, tokenizer, verifiable=True)
         for source in loaded.sources.values():

@@ -23,7 +23,7 @@ THINK_END = "</think>"
 @functools.cache
 def module(domain: str) -> ModuleType:
     """The module that judges a domain; ValueError for an unknown one."""
-    name = f"m2rl.domains.{MODULES.get(domain, domain)}"
+    name = "m2rl.domains." + ("reasoning_gym" if domain.startswith("rg_") else MODULES.get(domain, domain))
     if (not domain.isidentifier() and domain not in MODULES) or importlib.util.find_spec(name) is None:
         near = difflib.get_close_matches(domain, DOMAINS, 1)
         raise ValueError(
