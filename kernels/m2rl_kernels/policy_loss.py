@@ -249,8 +249,8 @@ def policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_se
             far = (A < 0) & (r > dual_clip)
             pg, clip = torch.where(far, -dual_clip * A, pg), clip | far
         slope = slope.masked_fill(clip, 0.0)
-    table = torch.zeros(N, len(STATS))
-    column = dict(zip(STATS, table.unbind(1)))
+    table = torch.zeros(len(STATS), N)  # contiguous columns
+    column = dict(zip(STATS, table))
     if behaviour is not None:
         m = old - behaviour
         e = m.exp()
@@ -288,8 +288,8 @@ def policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_se
     column["count"].fill_(1.0)
     if segment is None:
         stats = table.new_zeros(n_segments, len(STATS))
-        stats[0] = table.sum(0)
+        stats[0] = table.sum(1)
     else:
         onehot = segment[None, :] == torch.arange(n_segments)[:, None]
-        stats = torch.stack([(table.masked_fill(~row[:, None], 0.0)).sum(0) for row in onehot])
+        stats = torch.stack([table.masked_fill(~mine, 0.0).sum(1) for mine in onehot])
     return loss_N.sum(), stats, grad_logp.contiguous(), grad_entropy
