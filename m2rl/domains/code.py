@@ -99,7 +99,8 @@ def verify(response: str, spec: Mapping[str, Any]) -> Verdict:
         pairs = subset(pairs, spec.get("max_tests", MAX_TESTS))
     limit_s, prelude = float(spec.get("time_limit_s", TIME_LIMIT_S)), bool(spec.get("prelude", False))
     name = tests.get("fn_name")
-    key = hashlib.blake2b(repr((source, name, pairs, limit_s, prelude, reference)).encode("utf-8", "replace")).digest()
+    asked = (sandbox.box().level, source, name, pairs, limit_s, prelude, reference)
+    key = hashlib.blake2b(repr(asked).encode("utf-8", "replace")).digest()
     if key in _verdicts:
         return _verdicts[key]
     try:
@@ -175,8 +176,9 @@ def blocks(text: str) -> list[tuple[str, str]]:
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
 
-def _judge(source: str, name: str | None, pairs: Sequence[tuple[Any, Any]], limit_s: float, prelude: bool,
-           reference: bool) -> Verdict:
+def _judge(
+    source: str, name: str | None, pairs: Sequence[tuple[Any, Any]], limit_s: float, prelude: bool, reference: bool
+) -> Verdict:
     if name is not None:
         return _judge_calls(source, name, pairs, limit_s)
     began, box = time.monotonic(), sandbox.box()
@@ -197,8 +199,9 @@ def _judge(source: str, name: str | None, pairs: Sequence[tuple[Any, Any]], limi
 
 def _judge_calls(source: str, name: str, pairs: Sequence[tuple[Any, Any]], limit_s: float) -> Verdict:
     arguments = [_arguments(given) for given, _ in pairs]
-    outcome = sandbox.box().run(source, calls=(name, arguments), cpu_s=_budget_s, wall_s=_budget_s, call_s=2 * limit_s,
-                                prelude=True)
+    outcome = sandbox.box().run(
+        source, calls=(name, arguments), cpu_s=_budget_s, wall_s=_budget_s, call_s=2 * limit_s, prelude=True
+    )
     for i, (given, want) in enumerate(pairs):
         label = f"test {i + 1} of {len(pairs)}"
         if i >= len(outcome.results):
@@ -222,8 +225,13 @@ def _wanted(given: Any, want: Any) -> Any:
     return json.loads(want) if isinstance(given, str) and isinstance(want, str) else want
 
 
-_ENDS = {"exit": "ended early", "error": "exit with an error", "timeout": "ran out of time",
-         "output": "too much output", "killed": "killed by a signal or at its memory limit"}
+_ENDS = {
+    "exit": "ended early",
+    "error": "exit with an error",
+    "timeout": "ran out of time",
+    "output": "too much output",
+    "killed": "killed by a signal or at its memory limit",
+}
 
 
 def _ended(outcome: sandbox.Outcome) -> str:

@@ -24,7 +24,7 @@ import platform
 import select
 import shutil
 import signal
-import struct
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +33,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from m2rl.domains import seccomp
 from m2rl.types import InputError
@@ -41,14 +41,33 @@ from m2rl.types import InputError
 LEVELS = ("bwrap", "namespaces", "landlock", "trusted")
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 16 << 20
+OUTPUT_BYTES = 8 << 20  # of stdout, and of the results of calls
 START_S = 20.0  # for the warm process to answer; a loaded machine takes seconds
-GRACE_S = 2.0  # beyond a program's own deadline before the warm process itself is replaced
+GRACE_S = 5.0  # beyond a deadline before the warm process itself counts as lost: a loaded machine takes seconds
 PRELOAD = ("numpy",)  # libraries worth loading before the fork when a program names them
 _SCRATCH = "/scratch"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _CHILD = Path(__file__).with_name("sandbox_child.py")
-_MODULES = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
-            "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing")
+_MODULES = (
+    "string",
+    "re",
+    "datetime",
+    "collections",
+    "heapq",
+    "bisect",
+    "copy",
+    "math",
+    "random",
+    "statistics",
+    "itertools",
+    "functools",
+    "operator",
+    "io",
+    "sys",
+    "json",
+    "builtins",
+    "typing",
+)
 PRELUDE = "".join(f"from {m} import *\nimport {m}\n" for m in _MODULES)
 """What LeetCode-style problems find imported, and the LiveCodeBench grader provides."""
 
@@ -82,8 +101,10 @@ def choose(level: str = "auto") -> str:
             return name
         reasons.append(f"{name}: {reason}")
     tried = "; ".join(reasons)
-    raise InputError(f"no isolation for programs of the model on this machine ({tried}). Install bubblewrap, "
-                     "allow user namespaces or Landlock, or set rollout.sandbox to trusted to run them without")
+    raise InputError(
+        f"no isolation for programs of the model on this machine ({tried}). Install bubblewrap, "
+        "allow user namespaces or Landlock, or set rollout.sandbox to trusted to run them without"
+    )
 
 
 @functools.cache
@@ -129,9 +150,18 @@ else:
 
 def _readable() -> list[str]:
     """What the interpreter and its installed libraries need: not /etc, not the project, not the home."""
-    paths = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", _python(),
-             *(str(Path(sys.base_prefix, name)) for name in ("lib", "lib64")),
-             *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib")), *_packages()}
+    paths = {
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/local/lib",
+        "/etc/ld.so.cache",
+        _python(),
+        *(str(Path(sys.base_prefix, name)) for name in ("lib", "lib64")),
+        *(sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib")),
+        *_packages(),
+    }
     return sorted(p for p in paths if os.path.exists(p))
 
 
@@ -147,22 +177,42 @@ def _bwrap(readable: Sequence[str]) -> list[str]:
     program = shutil.which("bwrap")
     if program is None:
         raise OSError("bubblewrap (bwrap) is not installed")
-    command = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv",
-               "--hostname", "sandbox"]
+    command = [
+        program,
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--clearenv",
+        "--hostname",
+        "sandbox",
+    ]
     for key, value in _environment(_SCRATCH).items():
         command += ["--setenv", key, value]
     command += ["--size", str(64 << 20), "--tmpfs", _SCRATCH]
     for path in readable:  # sorted: a folder comes before what lies in it
-        command += ["--symlink", os.readlink(path), path] if path in ("/lib", "/lib64") and os.path.islink(path) else [
-            "--ro-bind", path, path]
+        command += (
+            ["--symlink", os.readlink(path), path]
+            if path in ("/lib", "/lib64") and os.path.islink(path)
+            else ["--ro-bind", path, path]
+        )
     for device in _DEVICES:
         command += ["--dev-bind", device, device]
     return [*command, "--remount-ro", "/", "--chdir", _SCRATCH]
 
 
 def _environment(home: str) -> dict[str, str]:
-    return {"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1",
-            "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {
+        "HOME": home,
+        "TMPDIR": home,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
 
 
 class Box:
@@ -187,80 +237,127 @@ class Box:
         machine = platform.machine()
         known = level != "trusted" or machine in seccomp.machines()
         code, pid_offsets = seccomp.program(machine) if known else (b"", [])
-        config = {"level": level, "namespaces": level == "namespaces", "readable": readable, "devices": _DEVICES,
-                  "landlock": {"bwrap": "optional", "trusted": ""}.get(level, "required"), "scratch": scratch,
-                  "filter": code.hex(), "pid_offsets": pid_offsets, "packages": _packages(), "prelude_source": PRELUDE,
-                  "memory_bytes": MEMORY_BYTES, "file_bytes": FILE_BYTES,
-                  "parent": 0 if level == "bwrap" else os.getpid()}
+        config = {
+            "level": level,
+            "namespaces": level == "namespaces",
+            "readable": readable,
+            "devices": _DEVICES,
+            "landlock": {"bwrap": "optional", "trusted": ""}.get(level, "required"),
+            "scratch": scratch,
+            "filter": code.hex(),
+            "pid_offsets": pid_offsets,
+            "packages": _packages(),
+            "prelude_source": PRELUDE,
+            "memory_bytes": MEMORY_BYTES,
+            "file_bytes": FILE_BYTES,
+            "parent": 0 if level == "bwrap" else os.getpid(),
+        }
         inside = _bwrap(readable) if level == "bwrap" else []
         command = [*inside, _python(), "-s", "-S", "-P", "-c", _CHILD.read_text(), json.dumps(config)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        env=_environment(scratch or "/"), cwd="/", bufsize=0)
+        self.control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far:
+            self.process = subprocess.Popen(
+                command,
+                stdin=far.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=_environment(scratch or "/"),
+                cwd="/",
+            )
         try:
-            ready, _ = self._receive(time.monotonic() + START_S)
+            ready = self._receive(START_S)
         except BoxDied:
             self.process.kill()
-            text = self.process.stderr.read().decode("utf-8", "replace").strip()  # type: ignore[union-attr]
+            assert self.process.stderr is not None
+            text = self.process.stderr.read().decode("utf-8", "replace").strip()
             self.close()
             raise OSError(text.splitlines()[-1][:300] if text else f"no answer within {START_S:g} s") from None
         if not ready.get("ready"):
             self.close()
             raise OSError(str(ready.get("error")))
 
-    def run(self, source: str, stdin: str | None = None, calls: tuple[str, Sequence[Sequence[Any]]] | None = None, *,
-            cpu_s: float = 4.0, wall_s: float = 8.0, call_s: float | None = None, prelude: bool = False) -> Outcome:
+    def run(
+        self,
+        source: str,
+        stdin: str | None = None,
+        calls: tuple[str, Sequence[Sequence[Any]]] | None = None,
+        *,
+        cpu_s: float = 4.0,
+        wall_s: float = 8.0,
+        call_s: float | None = None,
+        prelude: bool = False,
+    ) -> Outcome:
         """Run a program once. `calls` = (function or method of Solution, argument lists): results instead of stdout.
 
         cpu_s bounds processor time (rounded up to seconds), wall_s all of it, call_s the wall time of one call. BoxDied
         if the warm process ended under it: it has been replaced, and the program may be tried again.
         """
-        feed = (stdin or "").encode("utf-8", "surrogatepass")
-        request = {"source": source, "stdin_bytes": len(feed), "cpu_s": cpu_s, "wall_s": wall_s, "prelude": prelude,
-                   "call_s": call_s or wall_s, "preload": [m for m in PRELOAD if m in source]}
+        job: dict[str, Any] = {"source": source, "prelude": prelude}
         if calls is not None:
-            request |= {"name": calls[0], "arguments": calls[1]}
-        text = json.dumps(request).encode()
-        deadline = time.monotonic() + wall_s + GRACE_S
+            job |= {"name": calls[0], "arguments": calls[1]}
+        limits = {"cpu_s": cpu_s, "wall_s": wall_s, "preload": [m for m in PRELOAD if m in source]}
+        out, out_end = os.pipe()
+        report, report_end = os.pipe()
+        feed = (stdin or "").encode("utf-8", "surrogatepass")
+        given = (_memory(json.dumps(job).encode()), _memory(feed), out_end, report_end)
         try:
-            self._send(struct.pack("=I", len(text)) + text + feed, deadline)
-            header, body = self._receive(deadline)
-        except BoxDied:
+            try:
+                socket.send_fds(self.control, [json.dumps(limits).encode()], given)
+            finally:
+                for fd in given:
+                    os.close(fd)
+            return self._watch(out, report, wall_s, call_s or wall_s)
+        except (OSError, BoxDied) as error:
             self.close()
             self._start()
-            raise
-        out, report = body[: header["out"]], body[header["out"]:]
-        return _outcome(header["end"], out, report)
+            raise BoxDied(f"the sandbox's warm process ended ({error})") from None
+        finally:
+            os.close(out)
+            os.close(report)
 
-    def _send(self, data: bytes, deadline: float) -> None:
-        pipe, rest = self.process.stdin.fileno(), memoryview(data)  # type: ignore[union-attr]
-        os.set_blocking(pipe, False)
-        while rest:
-            if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
-                raise BoxDied("the sandbox's warm process does not read")
-            try:
-                rest = rest[os.write(pipe, rest):]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise BoxDied(f"the sandbox's warm process ended ({error})") from None
+    def _watch(self, out: int, report: int, wall_s: float, call_s: float) -> Outcome:
+        """Read what the program writes until its end is told; have it ended at too much output or a call's deadline."""
+        poll = select.poll()
+        data = {out: bytearray(), report: bytearray()}
+        for fd in (out, report, self.control.fileno()):
+            poll.register(fd, select.POLLIN)
+        began = called = time.monotonic()
+        told, end = False, cast(End | None, None)
+        while end is None:
+            now = time.monotonic()
+            if now > began + wall_s + GRACE_S:
+                raise BoxDied("it does not answer")
+            late, much = now > called + call_s, max(map(len, data.values())) > OUTPUT_BYTES
+            if not told and (late or much):
+                told = True
+                self.control.send(json.dumps({"kill": "output" if much else "timeout"}).encode())
+            for fd, _ in poll.poll(250):
+                if fd == self.control.fileno():
+                    end = self._receive(1.0)["end"]
+                    continue
+                chunk = os.read(fd, 1 << 18)
+                if not chunk:
+                    poll.unregister(fd)
+                if not told:
+                    data[fd] += chunk
+                if fd == report:
+                    called = now
+        for fd, seen in data.items():  # what was left in the pipes
+            os.set_blocking(fd, False)
+            with contextlib.suppress(BlockingIOError):
+                while len(seen) <= OUTPUT_BYTES and (chunk := os.read(fd, 1 << 18)):
+                    seen += chunk
+        if end == "exit" and max(map(len, data.values())) > OUTPUT_BYTES:
+            end = "output"
+        return _outcome(end, bytes(data[out]), bytes(data[report]))
 
-    def _receive(self, deadline: float) -> tuple[dict[str, Any], bytes]:
-        size = struct.unpack("=I", self._read(4, deadline))[0]
-        if size > 1 << 16:
-            raise BoxDied("the sandbox's warm process answers nonsense")
-        header = json.loads(self._read(size, deadline))
-        return header, self._read(header.get("out", 0) + header.get("report", 0), deadline)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        pipe, data = self.process.stdout.fileno(), bytearray()  # type: ignore[union-attr]
-        while len(data) < size:
-            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise BoxDied("the sandbox's warm process did not answer in time")
-            chunk = os.read(pipe, size - len(data))
-            if not chunk:
-                raise BoxDied("the sandbox's warm process ended")
-            data += chunk
-        return bytes(data)
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
+        if not select.select([self.control], [], [], timeout_s)[0]:
+            raise BoxDied("it does not answer")
+        message = self.control.recv(1 << 16)
+        if not message:
+            raise BoxDied("it is gone")
+        return json.loads(message)
 
     def close(self) -> None:
         """End the warm process, and by its namespaces or the kernel's parent-death signal everything it started."""
@@ -269,9 +366,18 @@ class Box:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
+        self.control.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+
+def _memory(data: bytes) -> int:
+    """A descriptor of an anonymous file with this content."""
+    fd = os.memfd_create("m2rl")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _mount_point(readable: Sequence[str]) -> str:

@@ -1,11 +1,14 @@
 """The far side of the sandbox: a warm process that closes itself in, then forks one limited child per program.
 
-Runs as `python -s -S -P -c <this file>` and imports nothing but the standard library. Requests come on fd 0, answers go
-to fd 1, each a length and JSON (followed by the bytes a program wrote). It learns sources and inputs, never an expected
-output.
+Runs as `python -s -S -P -c <this file>`, imports the standard library alone, and talks JSON over the socket at fd 0:
 
-    request  {"source", "stdin" | "name" + "arguments", "prelude", "cpu_s", "wall_s", "call_s"}
-    answer   {"end": exit | error | timeout | output | killed, "out": bytes of stdout, "report": bytes of fd 3}
+    in   {"cpu_s", "wall_s", "preload"} + 4 descriptors: job, stdin, stdout, report      {"kill": why}
+    out  {"ready"}, then for every program {"end": exit | error | timeout | killed, or why it was to be killed}
+
+A child is a copy of this process, so this process never holds a program, an input or an output, which the next child
+could find in its memory: they are in the descriptors, which go straight to the child.
+
+    job  {"source", "prelude"} runs as a script; with "name" and "arguments" it calls a function, one JSON line per call
 """
 
 import builtins
@@ -18,20 +21,43 @@ import random
 import resource
 import select
 import signal
+import socket
 import struct
 import sys
 import threading
 import time
 
-OUTPUT_BYTES = 8 << 20  # of stdout, and of the results of calls
-PIPE_BYTES = 1 << 20
 STACK_BYTES = 256 << 20
 OPEN_FILES = 64
 IDLE_S = 2.0  # without any processor time: it sleeps, or waits for what will never come
 TICK_S = 0.25
-WARM = ("array", "atexit", "bisect", "cmath", "collections", "copy", "datetime", "decimal", "enum", "fractions",
-        "functools", "heapq", "io", "itertools", "math", "numbers", "operator", "queue", "random", "re", "statistics",
-        "string", "threading", "types", "typing")
+WARM = (
+    "array",
+    "atexit",
+    "bisect",
+    "cmath",
+    "collections",
+    "copy",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "functools",
+    "heapq",
+    "io",
+    "itertools",
+    "math",
+    "numbers",
+    "operator",
+    "queue",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "threading",
+    "types",
+    "typing",
+)
 
 # ---- closing in ------------------------------------------------------------------------------------------------------
 
@@ -55,12 +81,15 @@ def enter_namespaces(scratch):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     check(LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "mount /")
-    check(LIBC.mount(b"tmpfs", scratch.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
-                     b"size=64m,nr_inodes=4096,mode=0700"), f"mount tmpfs on {scratch}")
+    check(
+        LIBC.mount(
+            b"tmpfs", scratch.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, b"size=64m,nr_inodes=4096,mode=0700"
+        ),
+        f"mount tmpfs on {scratch}",
+    )
     inner = os.fork()
     if inner:  # stays outside only to end with, and to end, the pid namespace
-        for fd in (0, 1):
-            os.close(fd)
+        os.close(0)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]) & 0xFF)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -81,8 +110,11 @@ def restrict_files(readable, devices, scratch):
         ruleset += struct.pack("=Q", 3)  # abstract sockets, signals
     rules = check(LIBC.syscall(444, ruleset, ctypes.c_size_t(len(ruleset)), 0), "landlock_create_ruleset")
     execute, write_file, read_file, read_dir = 1, 2, 4, 8
-    for access, paths in ((execute | read_file | read_dir, readable), (read_file | write_file, devices),
-                          (files & ~execute, [scratch] if scratch else [])):
+    for access, paths in (
+        (execute | read_file | read_dir, readable),
+        (read_file | write_file, devices),
+        (files & ~execute, [scratch] if scratch else []),
+    ):
         for path in paths:
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -113,14 +145,20 @@ def filter_calls(program, pid_offsets):
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
-def limit(request, config):
+def limit(limits, config):
     os.setsid()
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    cpu_s = max(1, int(request["cpu_s"] + 0.999))
-    for which, value in ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, config["memory_bytes"]),
-                         (resource.RLIMIT_FSIZE, config["file_bytes"]), (resource.RLIMIT_NOFILE, OPEN_FILES),
-                         (resource.RLIMIT_STACK, STACK_BYTES), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_MEMLOCK, 0)):
+    cpu_s = max(1, int(limits["cpu_s"] + 0.999))
+    for which, value in (
+        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_AS, config["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, config["file_bytes"]),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_STACK, STACK_BYTES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+    ):
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
@@ -128,12 +166,14 @@ def limit(request, config):
         filter_calls(config["filter"], config["pid_offsets"])
 
 
-def run_program(request, config, start_directory):
-    """In the child: fds 0 stdin, 1 stdout, 2 null, 3 report. Never returns."""
+def run_program(limits, config):
+    """In the child: fds 0 stdin, 1 stdout, 2 null, 3 report, 4 job. Never returns."""
     status = 1
     try:
-        os.chdir(start_directory)
-        limit(request, config)
+        os.chdir(config["scratch"] or "/")
+        with open(4, "rb") as file:
+            job = json.loads(file.read())
+        limit(limits, config)
         sys.set_int_max_str_digits(0)
         for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
             setattr(sys, name, open(fd, mode, 1 << 16, encoding="utf-8", errors="surrogateescape", closefd=False))  # noqa: SIM115
@@ -144,18 +184,18 @@ def run_program(request, config, start_directory):
         main = type(sys)("__main__")
         sys.modules["__main__"] = main
         space = main.__dict__
-        if request["prelude"]:
+        if job["prelude"]:
             space.update(config["prelude"])
             sys.setrecursionlimit(50_000)
         space["__file__"] = "program.py"
-        name, arguments = request.get("name"), request.get("arguments")
+        name = job.get("name")
         try:
-            code = compile(request["source"], "program.py", "exec", dont_inherit=True)
+            code = compile(job["source"], "program.py", "exec", dont_inherit=True)
             if name is None:
                 exec(code, space)
                 threading._shutdown()  # type: ignore[attr-defined]
             else:
-                call_all(code, space, name, arguments)
+                call_all(code, space, name, job["arguments"])
         finally:
             if name is None:
                 import atexit
@@ -193,7 +233,7 @@ def call_all(code, space, name, arguments):
     for args in arguments:
         line = json.dumps({"output": function(*args)}, default=plain).encode() + b"\n"
         while line:
-            line = line[os.write(3, line):]
+            line = line[os.write(3, line) :]
 
 
 def plain(value):
@@ -207,11 +247,10 @@ def plain(value):
 
 
 def serve(config):
-    source, sink = os.dup(0), os.dup(1)
+    control = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    os.set_blocking(source, True)
     for name in WARM:
         __import__(name)
     if config["prelude_source"]:
@@ -221,15 +260,18 @@ def serve(config):
         config["prelude"] = space
     gc.collect()
     gc.freeze()
-    send(sink, {"ready": True}, ())
+    control.send(b'{"ready": true}')
     while True:
-        header = read_exactly(source, 4)
-        request = json.loads(read_exactly(source, struct.unpack("=I", header)[0]))
-        stdin = read_exactly(source, request["stdin_bytes"])
-        for module in request["preload"]:
+        message, fds, _, _ = socket.recv_fds(control, 1 << 16, 4)
+        if not message:
+            os._exit(0)
+        limits = json.loads(message)
+        if "kill" in limits:  # came too late
+            continue
+        for module in limits["preload"]:
             preload(module)
-        end, out, report = run(request, stdin, config)
-        send(sink, {"end": end, "out": len(out), "report": len(report)}, (out, report))
+        end = run(limits, config, fds, control)
+        control.send(json.dumps({"end": end}).encode())
         if config["scratch"]:
             sweep(config["scratch"])
 
@@ -245,77 +287,53 @@ def preload(module):
         gc.freeze()
 
 
-def run(request, stdin, config):
-    """(how it ended, its stdout, its report) of one program in one child."""
-    feed = os.memfd_create("stdin")
-    with open(feed, "wb", closefd=False) as file:
-        file.write(stdin)
-    os.lseek(feed, 0, os.SEEK_SET)
-    out, out_end = os.pipe()
-    report, report_end = os.pipe()
+def run(limits, config, fds, control):
+    """Start the child and wait for its end, or end it: at a deadline, when it only waits, or when told to."""
     pid = os.fork()
     if pid == 0:
         try:
-            # the ends may have the numbers they are to get: move them out of the way first
-            ends = (feed, out_end, os.open(os.devnull, os.O_RDWR), report_end)
+            job, feed, out, report = fds
+            # they may have the numbers they are to get: move them out of the way first
+            ends = (feed, out, os.open(os.devnull, os.O_RDWR), report, job)
             high = [os.dup2(fd, 200 + i) for i, fd in enumerate(ends)]
-            for fd, wanted in zip(high, (0, 1, 2, 3)):
+            for wanted, fd in enumerate(high):
                 os.dup2(fd, wanted, inheritable=True)
-            os.closerange(4, 256)
-            run_program(request, config, config["scratch"] or "/")
+            os.closerange(5, 256)
+            run_program(limits, config)
         finally:
             os._exit(1)
-    for fd in (feed, out_end, report_end):
+    for fd in fds:
         os.close(fd)
-    end, data = watch(pid, out, report, request)
-    os.close(out)
-    os.close(report)
-    return end, data[out], data[report]
-
-
-def watch(pid, out, report, request):
-    """Read what a child writes until it ends, or end it: at a deadline, when it only waits, or at too much output."""
-    began = time.monotonic()
-    data = {out: bytearray(), report: bytearray()}
     ended, poll, end = os.pidfd_open(pid), select.poll(), None
-    for fd in (out, report, ended):
+    for fd in (ended, control.fileno()):
         poll.register(fd, select.POLLIN)
     clock = (~pid << 3) | 2  # the CPU-time clock of a process, see clock_getcpuclockid(3)
-    busy, spent, called = began, 0.0, began
-    alive = True
-    while True:
+    began = busy = time.monotonic()
+    spent = 0.0
+    while end is None:
+        events = [fd for fd, _ in poll.poll(TICK_S * 1000)]
         now = time.monotonic()
-        if now > min(began + request["wall_s"], called + request["call_s"]) or now - busy > IDLE_S:
+        if ended in events:
+            break
+        if events:
+            message = control.recv(1 << 16)
+            if not message:
+                kill(pid)
+                os._exit(0)
+            end = json.loads(message)["kill"]
+            break
+        cpu_s = time.clock_gettime(clock)
+        if cpu_s > spent + 0.001:
+            busy, spent = now, cpu_s
+        if spent > limits["cpu_s"] or now - began > limits["wall_s"] or now - busy > IDLE_S:
             end = "timeout"
-            break
-        events = poll.poll(TICK_S * 1000 if alive else 0)
-        for fd, _ in events:
-            if fd == ended:
-                alive = False
-                poll.unregister(ended)
-                continue
-            chunk = os.read(fd, 1 << 18)
-            data[fd] += chunk
-            if fd == report:
-                called = now
-            if not chunk:
-                poll.unregister(fd)
-        if not alive and not events:
-            break
-        if max(map(len, data.values())) > OUTPUT_BYTES:
-            end = "output"
-            break
-        if not events and alive:
-            cpu_s = time.clock_gettime(clock)
-            if cpu_s > spent + 0.001:
-                busy, spent = now, cpu_s
     os.close(ended)
     kill(pid)
     _, status, usage = os.wait4(pid, 0)
     if end is None and os.WIFSIGNALED(status):
         by_limit = os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-        end = "timeout" if by_limit and usage.ru_utime + usage.ru_stime >= 0.7 * request["cpu_s"] else "killed"
-    return end or ("exit" if os.WEXITSTATUS(status) == 0 else "error"), data
+        end = "timeout" if by_limit and usage.ru_utime + usage.ru_stime >= 0.7 * limits["cpu_s"] else "killed"
+    return end or ("exit" if os.WEXITSTATUS(status) == 0 else "error")
 
 
 def kill(pid):
@@ -331,23 +349,6 @@ def sweep(scratch):
 
         for entry in os.scandir(scratch):
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-
-
-def read_exactly(fd, size):
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(fd, min(size - len(data), 1 << 20))
-        if not chunk:
-            os._exit(0)
-        data += chunk
-    return bytes(data)
-
-
-def send(fd, header, bodies):
-    text = json.dumps(header).encode()
-    data = memoryview(struct.pack("=I", len(text)) + text + b"".join(bodies))
-    while data:
-        data = data[os.write(fd, data):]
 
 
 def main():
@@ -377,7 +378,7 @@ def main():
         if config["scratch"]:
             os.chdir(config["scratch"])
     except OSError as error:
-        send(1, {"ready": False, "error": str(error)}, ())
+        os.write(0, json.dumps({"ready": False, "error": str(error)}).encode())
         os._exit(1)
     serve(config)
 

@@ -43,8 +43,16 @@ _CLONE_THREAD = 0x00010000
 _TRUNCATES_READ_ONLY, _MODE_AND_TRUNCATE = 0o1000, 0o1003  # O_RDONLY | O_TRUNC: a write that needs no write access
 
 _CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
-    "clone": (56, 220), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "socketpair": (53, 199),
-    "open": (2, None), "openat": (257, 56), "clone3": (435, 435), "openat2": (437, 437)}
+    "clone": (56, 220),
+    "kill": (62, 129),
+    "tgkill": (234, 131),
+    "prlimit64": (302, 261),
+    "socketpair": (53, 199),
+    "open": (2, None),
+    "openat": (257, 56),
+    "clone3": (435, 435),
+    "openat2": (437, 437),
+}
 
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, constant
 _OWN_PID = -1  # stands for the constant that the filtered process fills in
@@ -73,14 +81,20 @@ def _instructions(machine: str) -> list[Instruction]:
     column = list(_AUDIT).index(machine)
     words = _ALLOWED.split()
     action: dict[int, list[Instruction]] = {
-        int(words[i + 1 + column]): [_PERMIT] for i in range(0, len(words), 3) if words[i + 1 + column] != "-"}
+        int(words[i + 1 + column]): [_PERMIT] for i in range(0, len(words), 3) if words[i + 1 + column] != "-"
+    }
     reads = [(_AND, 0, 0, _MODE_AND_TRUNCATE), (_EQUAL, 1, 0, _TRUNCATES_READ_ONLY)]
     for name, body in {
-            "clone": _when(0, [(_SET, 0, 1, _CLONE_THREAD)]), "kill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]),
-            "tgkill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]), "prlimit64": _when(0, [(_EQUAL, 0, 1, 0)]),
-            "socketpair": _when(0, [(_EQUAL, 0, 1, 1)]),  # AF_UNIX: asyncio's own wake-up pipe
-            "open": _when(1, reads), "openat": _when(2, reads),
-            "clone3": [_UNKNOWN], "openat2": [_UNKNOWN]}.items():
+        "clone": _when(0, [(_SET, 0, 1, _CLONE_THREAD)]),
+        "kill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]),
+        "tgkill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]),
+        "prlimit64": _when(0, [(_EQUAL, 0, 1, 0)]),
+        "socketpair": _when(0, [(_EQUAL, 0, 1, 1)]),  # AF_UNIX: asyncio's own wake-up pipe
+        "open": _when(1, reads),
+        "openat": _when(2, reads),
+        "clone3": [_UNKNOWN],
+        "openat2": [_UNKNOWN],
+    }.items():
         if (number := _CONDITIONAL[name][column]) is not None:
             action[number] = body
     segments = [(0, action.get(0, [_REFUSE]))]  # (first number, what to do from it on)
@@ -88,8 +102,13 @@ def _instructions(machine: str) -> list[Instruction]:
         body = action.get(number, [_REFUSE])
         if body is not segments[-1][1] and body != segments[-1][1]:
             segments.append((number, body))
-    return [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _AUDIT[machine]), (_RETURN, 0, 0, _KILL_PROCESS),
-            (_LOAD, 0, 0, _NUMBER), *_search(segments)]
+    return [
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 1, 0, _AUDIT[machine]),
+        (_RETURN, 0, 0, _KILL_PROCESS),
+        (_LOAD, 0, 0, _NUMBER),
+        *_search(segments),
+    ]
 
 
 def _search(segments: list[tuple[int, list[Instruction]]]) -> list[Instruction]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,22 +43,25 @@ def test_calls_return_json_values_in_order(box):
     assert outcome.results == ([1, ["x", None]], [2.5, [{"k": [True]}, None]]) and outcome.end == "exit"
 
 
-@pytest.mark.parametrize("source, end", [
-    ("while True: pass", "timeout"),
-    ("import signal\nsignal.signal(signal.SIGXCPU, lambda *a: None)\nwhile True: pass", "timeout"),
-    ("import time; time.sleep(60)", "timeout"),
-    ("import threading\nthreading.Event().wait()", "timeout"),
-    ("import os\nos.close(1); os.close(3)\nwhile True: pass", "timeout"),
-    ("while True: print('x' * 1000)", "output"),
-    ("x = bytearray(10**11)", "error"),
-    ("x = []\nwhile True: x.append(bytearray(1 << 20))", "error"),
-    ("import os; os.abort()", "killed"),
-    ("import ctypes; ctypes.string_at(0)", "killed"),
-    ("1 / 0", "error"),
-    ("print(", "error"),
-    ("import os; print(1, flush=True); os._exit(3)", "error"),
-    ("raise SystemExit(4)", "exit"),
-])
+@pytest.mark.parametrize(
+    "source, end",
+    [
+        ("while True: pass", "timeout"),
+        ("import signal\nsignal.signal(signal.SIGXCPU, lambda *a: None)\nwhile True: pass", "timeout"),
+        ("import time; time.sleep(60)", "timeout"),
+        ("import threading\nthreading.Event().wait()", "timeout"),
+        ("import os\nos.close(1); os.close(3)\nwhile True: pass", "timeout"),
+        ("while True: print('x' * 1000)", "output"),
+        ("x = bytearray(10**11)", "error"),
+        ("x = []\nwhile True: x.append(bytearray(1 << 20))", "error"),
+        ("import os; os.abort()", "killed"),
+        ("import ctypes; ctypes.string_at(0)", "killed"),
+        ("1 / 0", "error"),
+        ("print(", "error"),
+        ("import os; print(1, flush=True); os._exit(3)", "error"),
+        ("raise SystemExit(4)", "exit"),
+    ],
+)
 def test_how_programs_end(best, source, end):
     outcome = best.run(source, stdin="", cpu_s=1, wall_s=6)
     assert outcome.end == end
@@ -74,25 +78,34 @@ def test_one_slow_call_is_cut_and_the_earlier_ones_count(best):
     assert outcome.end == "timeout" and outcome.results == (1, 2)
 
 
-@pytest.mark.parametrize("source, out", [
-    ("import sys; sys.stdout.buffer.write(b'ok')", "ok"),
-    ("import os; os.write(1, b'ok')", "ok"),
-    ("print(open(0).read(), end='')", "ok"),
-    ("print(open('/dev/stdin').read(), end='')", "ok"),
-    ("import os; print(os.read(0, os.fstat(0).st_size).decode(), end='')", "ok"),
-    ("import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
-     "def f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
-     "t = threading.Thread(target=lambda: print('ok' if f(50000) == 50000 else '', end=''))\nt.start()", "ok"),
-    ("import atexit, io, sys\nb = io.StringIO(); sys.stdout = b\n"
-     "atexit.register(lambda: sys.__stdout__.write(b.getvalue()))\nprint('ok', end='')", "ok"),
-    ("import dataclasses\n@dataclasses.dataclass\nclass P:\n x: int\nprint(P(1), end='')", "P(x=1)"),
-    ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__, end='')", "A"),
-    ("import asyncio\nasync def f(): return 'ok'\nprint(asyncio.run(f()), end='')", "ok"),
-    ("print(len(str(2**50000)), end='')", "15052"),
-    ("if __name__ == '__main__': print('ok', end='')", "ok"),
-    ("import numpy as np; print(int(np.arange(4) @ np.arange(4)), end='')", "14"),
-    ("open('note', 'w').write('ok'); print(open('note').read(), end='')", "ok"),
-])
+@pytest.mark.parametrize(
+    "source, out",
+    [
+        ("import sys; sys.stdout.buffer.write(b'ok')", "ok"),
+        ("import os; os.write(1, b'ok')", "ok"),
+        ("print(open(0).read(), end='')", "ok"),
+        ("print(open('/dev/stdin').read(), end='')", "ok"),
+        ("import os; print(os.read(0, os.fstat(0).st_size).decode(), end='')", "ok"),
+        (
+            "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
+            "def f(n): return 0 if n == 0 else 1 + f(n - 1)\n"
+            "t = threading.Thread(target=lambda: print('ok' if f(50000) == 50000 else '', end=''))\nt.start()",
+            "ok",
+        ),
+        (
+            "import atexit, io, sys\nb = io.StringIO(); sys.stdout = b\n"
+            "atexit.register(lambda: sys.__stdout__.write(b.getvalue()))\nprint('ok', end='')",
+            "ok",
+        ),
+        ("import dataclasses\n@dataclasses.dataclass\nclass P:\n x: int\nprint(P(1), end='')", "P(x=1)"),
+        ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__, end='')", "A"),
+        ("import asyncio\nasync def f(): return 'ok'\nprint(asyncio.run(f()), end='')", "ok"),
+        ("print(len(str(2**50000)), end='')", "15052"),
+        ("if __name__ == '__main__': print('ok', end='')", "ok"),
+        ("import numpy as np; print(int(np.arange(4) @ np.arange(4)), end='')", "14"),
+        ("open('note', 'w').write('ok'); print(open('note').read(), end='')", "ok"),
+    ],
+)
 def test_what_honest_programs_use_works(best, source, out):
     if "note" in source and best.level == "landlock":
         pytest.skip("the landlock level has no scratch folder")
@@ -131,7 +144,8 @@ def test_a_program_draws_the_same_numbers_every_time(best):
 def test_a_dead_warm_process_is_replaced(best):
     best.process.kill()
     with pytest.raises(BoxDied):
-        best.run("print(1)", stdin="")
+        for _ in range(200):  # what is inside a namespace dies a moment later
+            best.run("print(1)", stdin="")
     assert best.run("print(2)", stdin="").out == "2\n"
 
 
@@ -147,8 +161,10 @@ def test_close_ends_every_process(box):
 
 
 def test_nothing_survives_the_owner_killed_in_the_middle_of_a_program(box):
-    source = (f"from m2rl.domains.sandbox import Box\nbox = Box({box.level!r})\nprint('up', flush=True)\n"
-              "box.run('import time\\nwhile True: time.sleep(.01)', stdin='', wall_s=60)")
+    source = (
+        f"from m2rl.domains.sandbox import Box\nbox = Box({box.level!r})\nprint('up', flush=True)\n"
+        "box.run('import time\\nwhile True: time.sleep(.01)', stdin='', wall_s=60)"
+    )
     owner = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"up\n"
     deadline = time.monotonic() + 20
@@ -208,12 +224,45 @@ def test_a_warm_process_that_cannot_start_is_one_clear_error(monkeypatch):
         Box("trusted")
 
 
+@pytest.mark.parametrize("level", ["bwrap", "namespaces"])
+def test_the_namespaces_hold_without_the_filter(level, monkeypatch, tmp_path):
+    """Two layers, each tight by itself."""
+    if reason := sandbox.probe(level):
+        pytest.skip(f"{level}: {reason}")
+    monkeypatch.setattr(seccomp, "program", lambda machine: (b"", []))
+    (tmp_path / "secret").write_text("1")
+    server = socket.create_server(("127.0.0.1", 0))
+    source = f"""
+import os, socket
+def connect(): socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), 2)
+def read(): open({str(tmp_path / "secret")!r})
+def write(): open({str(tmp_path / "new")!r}, "w")
+def kill(): os.kill({os.getpid()}, 0)
+for attempt in (connect, read, write, kill):
+    try:
+        attempt()
+        print(attempt.__name__)
+    except OSError:
+        pass
+if os.fork() == 0:
+    os.setsid()
+    while True: pass
+"""
+    with Box(level) as box, server:
+        before = len(descendants(box.process.pid))
+        assert box.run(source, stdin="", cpu_s=1, wall_s=3).out == ""
+        pids = [p.pid for p in descendants(box.process.pid)]
+        assert len(pids) > before  # the daemon lives on beside the program: that is what the filter is for
+    wait_gone(pids)  # but not beyond its namespace
+
+
 @pytest.mark.parametrize("machine", seccomp.machines())
 def test_the_filter_decides_by_number_and_argument(machine):
     code, offsets = seccomp.program(machine)
-    number = {"x86_64": {"read": 0, "execve": 59, "clone": 56, "kill": 62, "openat": 257, "socket": 41, "ptrace": 101},
-              "aarch64": {"read": 63, "execve": 221, "clone": 220, "kill": 129, "openat": 56, "socket": 198,
-                          "ptrace": 117}}[machine]
+    number = {
+        "x86_64": {"read": 0, "execve": 59, "clone": 56, "kill": 62, "openat": 257, "socket": 41, "ptrace": 101},
+        "aarch64": {"read": 63, "execve": 221, "clone": 220, "kill": 129, "openat": 56, "socket": 198, "ptrace": 117},
+    }[machine]
     allow, eperm, enosys = 0x7FFF0000, 0x00050001, 0x00050026
     decide = interpreter(code, offsets, machine, own_pid=77)
     assert decide(number["read"]) == allow
