@@ -25,6 +25,8 @@ QWEN3_SHAPES = {  # hidden, layers, heads, kv heads, ff, tied
     "14B": (5120, 40, 40, 8, 17408, False),
 }
 GB = 1e9
+GPU_GB = (80, 141)
+USABLE = 0.95  # of a GPU's memory; the rest is lost to fragmentation
 CONTEXT_AND_GRAPHS = 3.5 * GB  # CUDA context, NCCL, captured graphs (estimate)
 
 
@@ -59,43 +61,59 @@ def count_parameters(config: PretrainedConfig) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def memory_table(config: Config, shape: PretrainedConfig, parameters: int, world: int) -> Table:
-    """Bytes per GPU, phase by phase; arithmetic on the shapes, not a measurement."""
-    shards = world // config.train.replicas
+def memory_rows(config: Config, shape: PretrainedConfig, parameters: int, world: int) -> dict[str, dict[str, float]]:
+    """Bytes per GPU by phase and use; arithmetic on the shapes, not a measurement."""
+    r, shards = config.rollout, world // config.train.replicas
     low = 2 if config.model.compute_dtype == "bfloat16" else 4
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    head = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    kv_token = 2 * kv_heads * head * layers * low
     bin_tokens = config.train.tokens_per_bin
     per_token = layers * hidden * low if config.model.activation_checkpointing else layers * hidden * low * 17
-    state = 12 * parameters / shards  # fp32 master, Adam m and v
+    master, moments = 4 * parameters / shards, 8 * parameters / shards
+    cache = r.kv_cache_gib * 2**30
+    if r.engine == "native":
+        cache = kv_bytes_per_token(config, shape) * r.max_sequences * (r.max_prompt_tokens + r.max_new_tokens)
     rows = {
         "train": {
-            "fp32 master + Adam m, v": state,
+            "fp32 master + Adam m, v": master + moments,
             "fp32 gradients": 4 * parameters / shards,
             "unsharded layers in flight": low * parameters * (1 if shards == 1 else 3 / layers),
-            "activations of one bin": per_token * bin_tokens,
-            "log-prob cache": min(5 * 2**30, 2 * bin_tokens * shape.vocab_size),
+            "activations of one bin": float(per_token * bin_tokens),
+            "log-prob cache": float(min(5 * 2**30, 2 * bin_tokens * shape.vocab_size)),
         },
         "rollout": {
-            "fp32 master + Adam m, v": state,
-            "engine weights": low * parameters,
-            "KV cache, all sequences at full length": kv_token
-            * config.rollout.max_sequences
-            * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens),
+            "fp32 master": master,
+            "Adam m, v" + (" (on the host)" if r.park_optimizer else ""): 0.0 if r.park_optimizer else moments,
+            "engine weights": low * parameters / r.tensor_parallel,
+            "KV cache" + (", all sequences at full length" if r.engine == "native" else ""): float(cache),
         },
     }
+    if r.engine == "native":  # nothing of it sleeps
+        rows["train"] |= {"engine weights": rows["rollout"]["engine weights"], "KV cache": float(cache)}
     if config.algorithm == "sft":
         del rows["rollout"]
+    return rows
+
+
+def kv_bytes_per_token(config: Config, shape: PretrainedConfig) -> int:
+    """Of one engine rank."""
+    low = 2 if config.model.compute_dtype == "bfloat16" else 4
+    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * max(kv_heads // config.rollout.tensor_parallel, 1) * head * shape.num_hidden_layers * low
+
+
+def memory_table(config: Config, shape: PretrainedConfig, parameters: int, world: int) -> Table:
+    """The rows with their totals, and which GPUs each phase fits."""
     table = Table(title=f"Memory per GPU with {world} (estimate)", title_justify="left")
     table.add_column("phase")
     table.add_column("what")
     table.add_column("GB", justify="right")
-    for phase, parts in rows.items():
+    for phase, parts in memory_rows(config, shape, parameters, world).items():
         for what, size in parts.items():
             table.add_row(phase, what, f"{size / GB:.1f}")
-        table.add_row(phase, "[bold]total with context", f"[bold]{(sum(parts.values()) + CONTEXT_AND_GRAPHS) / GB:.1f}")
+        total = sum(parts.values()) + CONTEXT_AND_GRAPHS
+        fits = ", ".join(f"{size} GB: {'fits' if total <= size * GB * USABLE else 'too small'}" for size in GPU_GB)
+        table.add_row(phase, f"[bold]total with context ({fits})", f"[bold]{total / GB:.1f}")
         table.add_section()
     return table
 
@@ -117,7 +135,7 @@ def print_plan(config: Config) -> None:
             else ("NOT FOUND here; the run needs it")
         )
         out.print(f"Data       {pattern}: {known}")
-    if config.algorithm == "grpo":
+    if config.algorithm != "sft":
         r = config.rollout
         samples = r.prompts_per_step * r.group_size
         out.print(
@@ -134,6 +152,15 @@ def print_plan(config: Config) -> None:
         for n in sorted({world, 1, 8}):
             if n % config.train.replicas == 0:
                 out.print(memory_table(config, shape, parameters, n))
+        if config.algorithm != "sft" and config.rollout.engine == "vllm":
+            tokens = int(config.rollout.kv_cache_gib * 2**30 / kv_bytes_per_token(config, shape))
+            length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+            out.print(
+                f"KV cache   {config.rollout.kv_cache_gib:g} GiB per rank hold {tokens:,} tokens: {tokens // length} "
+                f"sequences at full length, {tokens // config.rollout.max_sequences:,} tokens each at "
+                f"{config.rollout.max_sequences}; where the rollout is too large: lower rollout.kv_cache_gib, or set "
+                "rollout.park_optimizer"
+            )
     bins = math.ceil(config.train.tokens_per_bin / 1024)
     out.print(f"Bins       {config.train.tokens_per_bin:,} tokens ({bins} Ki) per forward and backward pass on a rank")
     out.print("Dry run: nothing was loaded, trained or written.")

@@ -89,13 +89,18 @@ def train(config: Config, device: torch.device, stopping: Stopping) -> int:
                 return 0
         wall["warm_start"] = time.perf_counter() - start
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder / "model")))
-    run = Run(config, device, stopping, display)
+    if config.algorithm == "distill":
+        from m2rl.distill import Distillation  # it builds on this file
+
+        run: Run = Distillation(config, device, stopping, display)
+    else:
+        run = Run(config, device, stopping, display)
     run.wall |= wall
     run.started = start
     if config.algorithm == "sft":
         run.sft()
     else:
-        run.grpo()
+        run.roll()
     return 0
 
 
@@ -151,7 +156,7 @@ class Run:
                 (self.folder / "previous").mkdir()
                 for path in old:
                     path.rename(self.folder / "previous" / path.name)
-        if self.config.model.path == "embedded" and not (self.folder / "init" / "config.json").exists():
+        if self.config.model.path == "embedded" and self.resume_from is None:
             embedded.save(self.folder / "init", self.config.seed)
         (self.folder / "config.toml").write_text(to_toml(self.config))
 
@@ -178,7 +183,7 @@ class Run:
             c.train.steps,
             c.train.tokens_per_bin,
             domains,
-            c.rollout.temperature if c.algorithm == "grpo" else 1.0,
+            1.0 if c.algorithm == "sft" else c.rollout.temperature,
         )
         state: dict[str, Any] = {"step": 0}
         if self.resume_from is not None:
@@ -298,10 +303,10 @@ class Run:
     def export_dtype(self) -> torch.dtype:
         return self.dtype
 
-    # ---- GRPO ----
+    # ---- GRPO, and what learns from rollouts like it ----
 
-    def grpo(self) -> None:
-        """Group-relative policy optimisation over a mixture of domains."""
+    def roll(self) -> None:
+        """Train on rollouts over a mixture of domains, evaluated before and after; `grpo_step` is one step."""
         c, phases = self.config, Phases()
         r = c.rollout
         loaded = load_sources(c.data.train, c, self.tokenizer, verifiable=True)
@@ -340,7 +345,7 @@ class Run:
                         before = self.evaluate(held_out, start)
                 extra = {"before": {d: s.as_dict() for d, s in before.items()}}
                 tokens = 0
-                self.display.start("grpo", c.train.steps, start)
+                self.display.start(c.algorithm, c.train.steps, start)
                 for step in range(start, c.train.steps):
                     stats, spent = self.grpo_step(step, objective, reference)
                     tokens += stats.tokens
@@ -404,6 +409,7 @@ class Run:
                 **summary,
                 "groups_replaced": replaced,
                 "groups_carried": len(self.carry.places),
+                "sync_route": getattr(self.engine, "route", "copy"),
                 **{f"memory/free_{edge}_gib": free for edge, free in getattr(self.engine, "ledger", {}).items()},
                 "weight_lag": step - min((s.weight_version for s in samples), default=step),
             },

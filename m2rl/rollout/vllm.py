@@ -29,6 +29,7 @@ from m2rl_kernels.weight_sync import SyncPlan
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from m2rl.config import Config
 from m2rl.policy import full_parameters
@@ -109,6 +110,13 @@ class VllmEngine:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world % r.tensor_parallel:
             raise InputError(f"rollout.tensor_parallel {r.tensor_parallel} does not divide the number of ranks {world}")
+        self.max_length = r.max_prompt_tokens + max(r.max_new_tokens, config.evaluation.max_new_tokens)
+        limit = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
+        if limit and self.max_length > limit:
+            raise InputError(
+                f"model.path {model_path} takes {limit} tokens; rollout.max_prompt_tokens and max_new_tokens together "
+                f"ask for {self.max_length}"
+            )
         if cuda:
             check_allocator(os.environ)
         in_use = remove_stale_segments(SEGMENTS)[1]
@@ -116,7 +124,6 @@ class VllmEngine:
             raise InputError(f"another run on this host holds vLLM's shared memory ({in_use[0]}): end it first")
         self.config, self.device, self.version, self.asleep = config, device, -1, set[str]()
         self.end_tokens = sorted(set(end_tokens))
-        self.max_length = r.max_prompt_tokens + max(r.max_new_tokens, config.evaluation.max_new_tokens)
         self.requests: dict[int, Request] = {}
         self.seeded, self.index = r.deterministic, (dist.get_rank() if world > 1 else 0) // r.tensor_parallel
         self.generated = 0
@@ -160,6 +167,7 @@ class VllmEngine:
                     enable_chunked_prefill=cuda,
                     max_num_batched_tokens=max(8192, self.max_length),
                     kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30),
+                    gpu_memory_utilization=0.01,  # with the bytes given, only a start check that assumes an empty GPU
                     tensor_parallel_size=r.tensor_parallel,
                     distributed_executor_backend="external_launcher" if launched else None,
                 )

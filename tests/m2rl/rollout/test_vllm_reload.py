@@ -1,5 +1,6 @@
 """The real vLLM on the CPU, as it is installed: weights go through its reload route."""
 
+import dataclasses
 import signal
 
 import psutil
@@ -11,6 +12,7 @@ from served import CLOSE, CONFIG, CPU, END, perturb, prompt, requests, restore, 
 
 from m2rl.rollout.engine import Request, generate, sample_seed
 from m2rl.rollout.native import NativeEngine
+from m2rl.types import InputError
 
 pytestmark = served.needs_vllm
 
@@ -96,6 +98,23 @@ def test_group_members_differ_and_a_seed_repeats_in_any_batch(one):
     assert len({tuple(a.tokens) for a in batch}) == 8
     alone = [generate(engine, [r])[0] for r in reversed(same)][::-1]
     assert [a.tokens for a in alone] == [a.tokens for a in batch]
+
+
+def test_one_stream_per_engine_is_reseeded_by_every_version(tmp_path):
+    """deterministic = false: no generator per request, yet group members differ and a resumed step is drawn anew."""
+    from m2rl.rollout.vllm import VllmEngine
+
+    folder = served.save(tmp_path)
+    policy = served.policy(folder)
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, deterministic=False))
+    engine = VllmEngine(config, str(folder), CPU, [END])
+    same, drawn = [Request(i, prompt(3), 7, 24) for i in range(8)], []
+    for version in (4, 4, 5):
+        engine.sync(policy, version)
+        drawn.append([a.tokens for a in generate(engine, same)])
+    assert len({tuple(tokens) for tokens in drawn[0]}) == 8
+    assert drawn[0] == drawn[1] and drawn[0] != drawn[2]
+    engine.close()
 
 
 def test_the_models_own_sampling_defaults_are_ignored(one):
@@ -191,6 +210,14 @@ def test_misuse_is_refused_by_name(one, tmp_path):
     with pytest.raises(RuntimeError, match="call sync first"):
         unsynced.poll()
     unsynced.close()
+
+
+def test_longer_rollouts_than_the_model_takes_are_refused(tmp_path):
+    from m2rl.rollout.vllm import VllmEngine
+
+    longer = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, max_new_tokens=1000))
+    with pytest.raises(InputError, match=r"takes 1024 tokens; .* ask for 1320"):
+        VllmEngine(longer, str(served.save(tmp_path)), CPU, [END])
 
 
 def test_a_missing_or_unknown_weight_is_named(one):
