@@ -1,12 +1,14 @@
 """How every kernel is measured: the error against float64 first, then the time, then the memory, beside its floor.
 
-    compare("linear_logprob", case, providers, oracle, floor_s)  ->  rows, printed as a table
+    compare("linear_logprob", case, providers, oracle, floor)  ->  rows, printed as a table
 
-A provider is a function of no arguments that does one call and returns a dict of tensors, or a string that says why it
-is absent. Providers are interleaved round by round, so that a noisy machine is noisy for all of them; the numbers are
-medians with the 20th and 80th percentiles. CUDA times are of CUDA events, after a write that evicts the L2 cache.
-Memory is the peak above what was held before the call, less what the call returns (CUDA: the allocator's; CPU:
-resident, with freed pages returned first).
+A provider is a function of no arguments that does one call and returns a dict of tensors, or a string that says why
+it is absent. Providers are interleaved round by round, so that a noisy machine is noisy for all of them; the numbers
+are medians with the 20th and 80th percentiles. CUDA times are of CUDA events, after a write that evicts the L2 cache.
+On the CPU with one thread the clock is the process's CPU time, which waiting for a busy machine does not lengthen;
+with more it is wall time. The floor is a call too, interleaved with the others: the work that no method can avoid,
+and nothing else. Memory is the peak above what was held before the call, less what the call returns (CUDA: the
+allocator's; CPU: resident, with freed pages returned first).
 """
 
 from __future__ import annotations
@@ -35,8 +37,15 @@ def device() -> torch.device:
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread(s)"
 
 
@@ -96,9 +105,10 @@ def peak_bytes(call: Provider) -> int | None:
 
 def _seconds(call: Provider, flush: torch.Tensor | None) -> float:
     if flush is None:
-        start = time.perf_counter()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         call()
-        return time.perf_counter() - start
+        return clock() - start
     flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -119,10 +129,19 @@ def interleaved(providers: dict[str, Provider], rounds: int, warmup: int) -> dic
     return times
 
 
-def compare(kernel: str, case: dict, providers: dict[str, Provider | str], oracle: dict[str, torch.Tensor],
-            floor_s: float, *,
-            rounds: int | None = None, warmup: int | None = None) -> list[dict]:
-    """One row per provider; a provider that raises is reported with its exception and left out of the timing."""
+def compare(
+    kernel: str,
+    case: dict,
+    providers: dict[str, Provider | str],
+    oracle: dict[str, torch.Tensor],
+    floor: Provider,
+    *,
+    floor_scale: float = 1.0,
+    rounds: int | None = None,
+    warmup: int | None = None,
+) -> list[dict]:
+    """One row per provider; a provider that raises is reported with its exception and left out of the timing. The floor
+    is `floor_scale` times the time of `floor`."""
     rounds = rounds or (30 if torch.cuda.is_available() else 7)
     warmup = warmup if warmup is not None else (5 if torch.cuda.is_available() else 1)
     rows, running = {}, {}
@@ -137,31 +156,55 @@ def compare(kernel: str, case: dict, providers: dict[str, Provider | str], oracl
             running[name] = call
         except Exception as problem:
             rows[name]["absent"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-    for name, seconds in interleaved(running, rounds, warmup).items():
+    times = interleaved({"": floor, **running}, rounds, warmup)
+    floor_s = floor_scale * statistics.median(times.pop(""))
+    for name, seconds in times.items():
         cuts = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [seconds[0]] * 4
         median = statistics.median(seconds)
-        rows[name] |= {"median_s": median, "p20_s": cuts[0], "p80_s": cuts[-1], "floor_s": floor_s,
-                       "percent_of_floor": 100 * floor_s / median, "rounds": rounds}
+        rows[name] |= {
+            "median_s": median,
+            "p20_s": cuts[0],
+            "p80_s": cuts[-1],
+            "floor_s": floor_s,
+            "percent_of_floor": 100 * floor_s / median,
+            "rounds": rounds,
+        }
     show(list(rows.values()))
     return list(rows.values())
 
 
 def show(rows: list[dict]) -> None:
     first = rows[0]
-    case = {k: v for k, v in first.items() if k not in ("provider", "error", "peak_bytes", "median_s", "p20_s",
-                                                        "p80_s", "floor_s",
-                                                        "percent_of_floor", "rounds", "absent")}
+    case = {
+        k: v
+        for k, v in first.items()
+        if k
+        not in (
+            "provider",
+            "error",
+            "peak_bytes",
+            "median_s",
+            "p20_s",
+            "p80_s",
+            "floor_s",
+            "percent_of_floor",
+            "rounds",
+            "absent",
+        )
+    }
     print("\n" + "  ".join(f"{k}={v}" for k, v in case.items()))
-    print(f"{'provider':16} {'median ms':>10} {'p20':>9} {'p80':>9} {'% floor':>8} {'peak MB':>9}  errors against "
-          f"float64")
+    print(
+        f"{'provider':16} {'median ms':>10} {'p20':>9} {'p80':>9} {'% floor':>8} {'peak MB':>9}  errors against float64"
+    )
     for row in rows:
         if "median_s" not in row:
             print(f"{row['provider']:16} absent: {row['absent']}")
             continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}"
-        print(f"{row['provider']:16} {row['median_s'] * 1e3:10.3f} {row['p20_s'] * 1e3:9.3f} {row['p80_s'] * 1e3:9.3f} "
-              f"{row['percent_of_floor']:8.1f} {peak:>9}  " + "  ".join(f"{k} {v:.1e}" for k,
-                                                                        v in row["error"].items()))
+        print(
+            f"{row['provider']:16} {row['median_s'] * 1e3:10.3f} {row['p20_s'] * 1e3:9.3f} {row['p80_s'] * 1e3:9.3f} "
+            f"{row['percent_of_floor']:8.1f} {peak:>9}  " + "  ".join(f"{k} {v:.1e}" for k, v in row["error"].items())
+        )
     sys.stdout.flush()
 
 
@@ -169,7 +212,12 @@ def save(path: str | Path, rows: list[dict], command: str) -> None:
     """Adds rows to bench/results/<device>.json with what is needed to repeat them."""
     path = Path(path)
     old = json.loads(path.read_text()) if path.exists() else []
-    entry = {"date": date.today().isoformat(), "device": device_name(), "versions": versions(), "command": command,
-             "rows": rows}
+    entry = {
+        "date": date.today().isoformat(),
+        "device": device_name(),
+        "versions": versions(),
+        "command": command,
+        "rows": rows,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*old, entry], indent=1) + "\n")

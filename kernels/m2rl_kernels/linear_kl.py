@@ -31,10 +31,17 @@ from .linear_logprob import _gather, _live_rows, _pad_rows, _padded, _require, _
 DEFAULT_CHUNK_BYTES = 256 << 20
 
 
-def linear_kl(hidden_NH: Tensor, weight_VH: Tensor, teacher_hidden_NK: Tensor, teacher_weight_VK: Tensor, *,
-              direction: Literal["reverse", "forward"] = "reverse", temperature: float = 1.0,
-              live: Tensor | None = None,
-              chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Tensor:
+def linear_kl(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    teacher_hidden_NK: Tensor,
+    teacher_weight_VK: Tensor,
+    *,
+    direction: Literal["reverse", "forward"] = "reverse",
+    temperature: float = 1.0,
+    live: Tensor | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Tensor:
     """KL [N] (float32, nats) between student and teacher at each token: "reverse" KL(student || teacher), "forward"
     KL(teacher || student). Differentiable with respect to hidden and weight; the teacher gets no gradient.
 
@@ -48,12 +55,21 @@ def linear_kl(hidden_NH: Tensor, weight_VH: Tensor, teacher_hidden_NK: Tensor, t
     if hidden_NH.dtype == torch.float64:
         return linear_kl_ref(hidden_NH, weight_VH, teacher_hidden_NK, teacher_weight_VK, direction, temperature, live)
     rows_M = _live_rows(live, hidden_NH.device)
-    return linear_kl_fwd(hidden_NH, weight_VH, teacher_hidden_NK.detach(), teacher_weight_VK.detach(), rows_M,
-                         direction == "reverse", float(temperature), chunk_bytes)[0]
+    return linear_kl_fwd(
+        hidden_NH,
+        weight_VH,
+        teacher_hidden_NK.detach(),
+        teacher_weight_VK.detach(),
+        rows_M,
+        direction == "reverse",
+        float(temperature),
+        chunk_bytes,
+    )[0]
 
 
-def linear_kl_ref(hidden_NH, weight_VH, teacher_hidden_NK, teacher_weight_VK, direction="reverse", temperature=1.0,
-                  live=None):
+def linear_kl_ref(
+    hidden_NH, weight_VH, teacher_hidden_NK, teacher_weight_VK, direction="reverse", temperature=1.0, live=None
+):
     """The definition, in float32 or float64, with torch's autograd."""
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
     p = (hidden_NH.to(dtype) @ weight_VH.to(dtype).T / temperature).log_softmax(-1)
@@ -70,9 +86,10 @@ def sampled_reverse_kl(logp_N: Tensor, teacher_logp_N: Tensor) -> Tensor:
     Sum it with weights over tokens; both log-probabilities come from `linear_logprob`, so nothing of size [N, V]
     exists.
     """
-    _require(teacher_logp_N.shape == logp_N.shape,
-             lambda: f"teacher_logp must have the shape of logp, {list(logp_N.shape)}, got "
-                     f"{list(teacher_logp_N.shape)}")
+    _require(
+        teacher_logp_N.shape == logp_N.shape,
+        lambda: f"teacher_logp must have the shape of logp, {list(logp_N.shape)}, got {list(teacher_logp_N.shape)}",
+    )
     estimate_N = (logp_N - teacher_logp_N).detach()
     return estimate_N + estimate_N * (logp_N - logp_N.detach())
 
@@ -80,31 +97,49 @@ def sampled_reverse_kl(logp_N: Tensor, teacher_logp_N: Tensor) -> Tensor:
 def _check(x, w, x2, w2, direction, temperature, live, chunk_bytes) -> None:
     for name, h, weight in (("", x, w), ("teacher_", x2, w2)):
         _require(h.dim() == 2, f"{name}hidden must have two dimensions, got {list(h.shape)}")
-        _require(weight.dim() == 2 and weight.shape[1] == h.shape[1] and weight.shape[0] > 0,
-                 f"{name}weight must have shape [V, {h.shape[1]}], V > 0, got {list(weight.shape)}")
-        _require(h.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-                 f"{name}hidden must be float16, bfloat16, float32 or float64, got {h.dtype}")
-        _require(weight.dtype == h.dtype, f"{name}weight must have the dtype of {name}hidden, {h.dtype}, got "
-                                          f"{weight.dtype}")
-        _require(weight.device == h.device == x.device, f"{name}hidden and {name}weight must be on {x.device}, "
-                                                        f"got {h.device} and {weight.device}")
+        _require(
+            weight.dim() == 2 and weight.shape[1] == h.shape[1] and weight.shape[0] > 0,
+            f"{name}weight must have shape [V, {h.shape[1]}], V > 0, got {list(weight.shape)}",
+        )
+        _require(
+            h.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+            f"{name}hidden must be float16, bfloat16, float32 or float64, got {h.dtype}",
+        )
+        _require(
+            weight.dtype == h.dtype, f"{name}weight must have the dtype of {name}hidden, {h.dtype}, got {weight.dtype}"
+        )
+        _require(
+            weight.device == h.device == x.device,
+            f"{name}hidden and {name}weight must be on {x.device}, got {h.device} and {weight.device}",
+        )
     N = x.shape[0]
     _require(x2.shape[0] == N, f"teacher_hidden must have the rows of hidden, {N}, got {x2.shape[0]}")
-    _require(w2.shape[0] == w.shape[0], f"teacher_weight must have the vocabulary of weight, {w.shape[0]}, got "
-                                        f"{w2.shape[0]}")
+    _require(
+        w2.shape[0] == w.shape[0], f"teacher_weight must have the vocabulary of weight, {w.shape[0]}, got {w2.shape[0]}"
+    )
     _require(direction in ("reverse", "forward"), f"direction must be 'reverse' or 'forward', got {direction!r}")
     _require(0 < temperature < float("inf"), f"temperature must be positive and finite, got {temperature}")
     _require(chunk_bytes > 0, f"chunk_bytes must be positive, got {chunk_bytes}")
-    _require(live is None or (live.dtype == torch.bool and live.shape == (N,)),
-             lambda: f"live must be bool of shape [N] = [{N}], got {live.dtype} {list(live.shape)}")
+    _require(
+        live is None or (live.dtype == torch.bool and live.shape == (N,)),
+        lambda: f"live must be bool of shape [N] = [{N}], got {live.dtype} {list(live.shape)}",
+    )
 
 
 # ---- torch.library operations ----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("m2rl::linear_kl_fwd", mutates_args=())
-def linear_kl_fwd(hidden_NH: Tensor, weight_VH: Tensor, teacher_hidden_NK: Tensor, teacher_weight_VK: Tensor,
-                  rows_M: Tensor | None, reverse: bool, temperature: float, chunk_bytes: int) -> tuple[Tensor, Tensor]:
+def linear_kl_fwd(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    teacher_hidden_NK: Tensor,
+    teacher_weight_VK: Tensor,
+    rows_M: Tensor | None,
+    reverse: bool,
+    temperature: float,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
     """(kl [N], stats [3, M]: log-normaliser of the student, of the teacher, kl)."""
     x, x2 = _gather(hidden_NH, rows_M), _gather(teacher_hidden_NK, rows_M)
     M, inv_t = x.shape[0], 1.0 / temperature
@@ -130,10 +165,20 @@ def _(hidden_NH, weight_VH, teacher_hidden_NK, teacher_weight_VK, rows_M, revers
 
 
 @torch.library.custom_op("m2rl::linear_kl_bwd", mutates_args=())
-def linear_kl_bwd(grad_N: Tensor, hidden_NH: Tensor, weight_VH: Tensor, teacher_hidden_NK: Tensor,
-                  teacher_weight_VK: Tensor,
-                  rows_M: Tensor | None, stats_3M: Tensor, reverse: bool, temperature: float, chunk_bytes: int,
-                  need_hidden: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def linear_kl_bwd(
+    grad_N: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    teacher_hidden_NK: Tensor,
+    teacher_weight_VK: Tensor,
+    rows_M: Tensor | None,
+    stats_3M: Tensor,
+    reverse: bool,
+    temperature: float,
+    chunk_bytes: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
     """(grad_hidden [N, H], grad_weight [V, H]) of the student, each empty when not needed."""
     x, x2 = _gather(hidden_NH, rows_M), _gather(teacher_hidden_NK, rows_M)
     (M, H), (V, _), dtype, inv_t = x.shape, weight_VH.shape, x.dtype, 1.0 / temperature
@@ -159,15 +204,31 @@ def linear_kl_bwd(grad_N: Tensor, hidden_NH: Tensor, weight_VH: Tensor, teacher_
             _add_product(grad_w32, dz[: e - r].T, x[r:e])
     if grad_w32 is not None and size is not None:
         grad_w32.mul_(size)
-    return (hidden_NH.new_empty(0) if grad_x is None else _spread(grad_x, rows_M, hidden_NH.shape[0]),
-            hidden_NH.new_empty(0) if grad_w32 is None else grad_w32.to(dtype))
+    return (
+        hidden_NH.new_empty(0) if grad_x is None else _spread(grad_x, rows_M, hidden_NH.shape[0]),
+        hidden_NH.new_empty(0) if grad_w32 is None else grad_w32.to(dtype),
+    )
 
 
 @linear_kl_bwd.register_fake
-def _(grad_N, hidden_NH, weight_VH, teacher_hidden_NK, teacher_weight_VK, rows_M, stats_3M, reverse, temperature,
-      chunk_bytes, need_hidden, need_weight):
-    return (hidden_NH.new_empty(hidden_NH.shape if need_hidden else 0),
-            hidden_NH.new_empty(weight_VH.shape if need_weight else 0))
+def _(
+    grad_N,
+    hidden_NH,
+    weight_VH,
+    teacher_hidden_NK,
+    teacher_weight_VK,
+    rows_M,
+    stats_3M,
+    reverse,
+    temperature,
+    chunk_bytes,
+    need_hidden,
+    need_weight,
+):
+    return (
+        hidden_NH.new_empty(hidden_NH.shape if need_hidden else 0),
+        hidden_NH.new_empty(weight_VH.shape if need_weight else 0),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -181,8 +242,9 @@ def _grads(ctx, grad_N, _stats):
     if grad_N is None:
         return (None,) * 8
     need_hidden, need_weight = ctx.needs_input_grad[:2]
-    grad_hidden, grad_weight = linear_kl_bwd(grad_N, *ctx.saved_tensors, ctx.reverse, ctx.temperature, ctx.chunk_bytes,
-                                             need_hidden, need_weight)
+    grad_hidden, grad_weight = linear_kl_bwd(
+        grad_N, *ctx.saved_tensors, ctx.reverse, ctx.temperature, ctx.chunk_bytes, need_hidden, need_weight
+    )
     return (grad_hidden if need_hidden else None, grad_weight if need_weight else None, *(None,) * 6)
 
 

@@ -42,9 +42,17 @@ VOCAB_BLOCK = 2048  # CPU: a [256, 2048] float32 block stays in the last-level c
 BLOCK_ELEMENTS = 256 * 2048
 
 
-def linear_logprob(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float = 1.0,
-                   live: Tensor | None = None, return_entropy: bool = False, cache_bytes: int = DEFAULT_CACHE_BYTES,
-                   tp_group=None):
+def linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    live: Tensor | None = None,
+    return_entropy: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    tp_group=None,
+):
     """Log-probability [N] (float32, nats) of `targets` under softmax(hidden @ weight.T / temperature); with
     `return_entropy` the pair (logp, entropy). Differentiable with respect to hidden and weight, through either
     output.
@@ -65,17 +73,18 @@ def linear_logprob(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, t
     _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group)
     if tp_group is not None:
         rows_M = _live_rows(live, hidden_NH.device)
-        logp_N, entropy_N = _TensorParallel.apply(hidden_NH, weight_VH, targets_N, rows_M, float(temperature),
-                                                  return_entropy,
-                                                  tp_group)
+        logp_N, entropy_N = _TensorParallel.apply(
+            hidden_NH, weight_VH, targets_N, rows_M, float(temperature), return_entropy, tp_group
+        )
         return (logp_N, entropy_N) if return_entropy else logp_N
     if hidden_NH.dtype == torch.float64:
         return linear_logprob_ref(hidden_NH, weight_VH, targets_N, temperature, live, return_entropy)
     rows_M = _live_rows(live, hidden_NH.device)
     needs_grad = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
     cached = _cached_rows(hidden_NH, weight_VH, rows_M, cache_bytes) if needs_grad else 0
-    logp_N, entropy_N, _, _ = linear_logprob_fwd(hidden_NH, weight_VH, targets_N, rows_M, float(temperature), cached,
-                                                 return_entropy)
+    logp_N, entropy_N, _, _ = linear_logprob_fwd(
+        hidden_NH, weight_VH, targets_N, rows_M, float(temperature), cached, return_entropy
+    )
     return (logp_N, entropy_N) if return_entropy else logp_N
 
 
@@ -104,9 +113,16 @@ class Saved:
     with_entropy: bool
 
 
-def linear_logprob_forward(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float = 1.0,
-                           live: Tensor | None = None, return_entropy: bool = False,
-                           cache_bytes: int = DEFAULT_CACHE_BYTES) -> tuple[Tensor, Tensor | None, Saved]:
+def linear_logprob_forward(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    live: Tensor | None = None,
+    return_entropy: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> tuple[Tensor, Tensor | None, Saved]:
     """(logp, entropy or None, saved) outside autograd: for a caller that runs the backward itself, see below."""
     _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, None)
     _require(hidden_NH.dtype != torch.float64, "hidden must be float16, bfloat16 or float32 here, got torch.float64")
@@ -114,14 +130,24 @@ def linear_logprob_forward(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tens
     cached = _cached_rows(hidden_NH, weight_VH, rows_M, cache_bytes)
     with torch.no_grad():
         logp_N, entropy_N, stats_4M, cache_RV = linear_logprob_fwd(
-            hidden_NH, weight_VH, targets_N, rows_M, float(temperature), cached, return_entropy)
-    saved = Saved(hidden_NH.detach(), weight_VH.detach(), targets_N, rows_M, stats_4M, cache_RV, float(temperature),
-                  return_entropy)
+            hidden_NH, weight_VH, targets_N, rows_M, float(temperature), cached, return_entropy
+        )
+    saved = Saved(
+        hidden_NH.detach(),
+        weight_VH.detach(),
+        targets_N,
+        rows_M,
+        stats_4M,
+        cache_RV,
+        float(temperature),
+        return_entropy,
+    )
     return logp_N, entropy_N if return_entropy else None, saved
 
 
-def linear_logprob_backward(saved: Saved, grad_logp_N: Tensor, grad_entropy_N: Tensor | None = None, *,
-                            grad_weight_out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def linear_logprob_backward(
+    saved: Saved, grad_logp_N: Tensor, grad_entropy_N: Tensor | None = None, *, grad_weight_out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(grad_hidden [N, H], grad_weight [V, H]) in the inputs' dtype. With `grad_weight_out` (float32 [V, H]) the
     weight's gradient is added into it instead, in float32, and the second result is None: gradients of many bins
     accumulate without rounding."""
@@ -130,17 +156,33 @@ def linear_logprob_backward(saved: Saved, grad_logp_N: Tensor, grad_entropy_N: T
     _require(grad_logp_N.shape == (N,), lambda: f"grad_logp must have shape [N] = [{N}], got {list(grad_logp_N.shape)}")
     if grad_entropy_N is not None:
         _require(saved.with_entropy, "grad_entropy must be None unless the forward ran with return_entropy=True")
-        _require(grad_entropy_N.shape == (N,),
-                 f"grad_entropy must have shape [N] = [{N}], "
-                 f"got {list(grad_entropy_N.shape)}")
+        _require(
+            grad_entropy_N.shape == (N,), f"grad_entropy must have shape [N] = [{N}], got {list(grad_entropy_N.shape)}"
+        )
     if out is not None:
         _require(out.dtype == torch.float32, lambda: f"grad_weight_out must be float32, got {out.dtype}")
-        _require(out.shape == weight_VH.shape and out.is_contiguous() and out.device == weight_VH.device,
-                 lambda: f"grad_weight_out must be contiguous, [V, H] = {list(weight_VH.shape)} on {weight_VH.device}, "
-                         f"got {list(out.shape)} with strides {out.stride()} on {out.device}")
+        _require(
+            out.shape == weight_VH.shape and out.is_contiguous() and out.device == weight_VH.device,
+            lambda: (
+                f"grad_weight_out must be contiguous, [V, H] = {list(weight_VH.shape)} on {weight_VH.device}, "
+                f"got {list(out.shape)} with strides {out.stride()} on {out.device}"
+            ),
+        )
     with torch.no_grad():
-        return _backward(grad_logp_N, grad_entropy_N, saved.hidden_NH, weight_VH, saved.targets_N, saved.rows_M,
-                         saved.stats_4M, saved.cache_RV, saved.temperature, True, True, out)
+        return _backward(
+            grad_logp_N,
+            grad_entropy_N,
+            saved.hidden_NH,
+            weight_VH,
+            saved.targets_N,
+            saved.rows_M,
+            saved.stats_4M,
+            saved.cache_RV,
+            saved.temperature,
+            True,
+            True,
+            out,
+        )
 
 
 # ---- checks and sizes ----------------------------------------------------------------------------------------------
@@ -153,26 +195,41 @@ def _require(condition, message) -> None:
 
 def _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group) -> None:
     _require(hidden_NH.dim() == 2, lambda: f"hidden must have shape [N, H], got {list(hidden_NH.shape)}")
-    _require(weight_VH.dim() == 2 and weight_VH.shape[1] == hidden_NH.shape[1] and weight_VH.shape[0] > 0,
-             lambda: f"weight must have shape [V, H] with H = {hidden_NH.shape[1]}, V > 0, got {list(weight_VH.shape)}")
+    _require(
+        weight_VH.dim() == 2 and weight_VH.shape[1] == hidden_NH.shape[1] and weight_VH.shape[0] > 0,
+        lambda: f"weight must have shape [V, H] with H = {hidden_NH.shape[1]}, V > 0, got {list(weight_VH.shape)}",
+    )
     N, V = hidden_NH.shape[0], weight_VH.shape[0]
-    _require(hidden_NH.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-             lambda: f"hidden must be float16, bfloat16, float32 or float64, got {hidden_NH.dtype}")
-    _require(weight_VH.dtype == hidden_NH.dtype,
-             lambda: f"weight must have the dtype of hidden, {hidden_NH.dtype}, got {weight_VH.dtype}")
-    _require(hidden_NH.shape[1] % 8 == 0 or not hidden_NH.is_cuda,
-             lambda: f"hidden's width H must be a multiple of 8 on CUDA, got {hidden_NH.shape[1]}")
+    _require(
+        hidden_NH.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        lambda: f"hidden must be float16, bfloat16, float32 or float64, got {hidden_NH.dtype}",
+    )
+    _require(
+        weight_VH.dtype == hidden_NH.dtype,
+        lambda: f"weight must have the dtype of hidden, {hidden_NH.dtype}, got {weight_VH.dtype}",
+    )
+    _require(
+        hidden_NH.shape[1] % 8 == 0 or not hidden_NH.is_cuda,
+        lambda: f"hidden's width H must be a multiple of 8 on CUDA, got {hidden_NH.shape[1]}",
+    )
     _require(targets_N.shape == (N,), lambda: f"targets must have shape [N] = [{N}], got {list(targets_N.shape)}")
-    _require(targets_N.dtype in (torch.int64, torch.int32),
-             lambda: f"targets must be int64 or int32, got {targets_N.dtype}")
-    _require(weight_VH.device == hidden_NH.device and targets_N.device == hidden_NH.device,
-             lambda: f"weight and targets must be on hidden's device, {hidden_NH.device}, got {weight_VH.device} and "
-                     f"{targets_N.device}")
+    _require(
+        targets_N.dtype in (torch.int64, torch.int32), lambda: f"targets must be int64 or int32, got {targets_N.dtype}"
+    )
+    _require(
+        weight_VH.device == hidden_NH.device and targets_N.device == hidden_NH.device,
+        lambda: (
+            f"weight and targets must be on hidden's device, {hidden_NH.device}, got {weight_VH.device} and "
+            f"{targets_N.device}"
+        ),
+    )
     _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
     _require(cache_bytes >= 0, lambda: f"cache_bytes must be at least 0, got {cache_bytes}")
     if live is not None:
-        _require(live.dtype == torch.bool and live.shape == (N,),
-                 lambda: f"live must be bool of shape [N] = [{N}], got {live.dtype} {list(live.shape)}")
+        _require(
+            live.dtype == torch.bool and live.shape == (N,),
+            lambda: f"live must be bool of shape [N] = [{N}], got {live.dtype} {list(live.shape)}",
+        )
     if targets_N.device.type == "cpu" and N > 0 and not torch.compiler.is_compiling():
         # On CUDA this check would wait for the device; there a target out of range gives NaN.
         used = targets_N if live is None else targets_N[live]
@@ -232,9 +289,15 @@ def _triton():
 
 
 @torch.library.custom_op("m2rl::linear_logprob_fwd", mutates_args=())
-def linear_logprob_fwd(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, rows_M: Tensor | None,
-                       temperature: float, cached_rows: int, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor,
-                                                                                          Tensor]:
+def linear_logprob_fwd(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    rows_M: Tensor | None,
+    temperature: float,
+    cached_rows: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], stats [4, M], cache [R, V]); entropy is empty without `with_entropy`."""
     N, V, inv_t = hidden_NH.shape[0], weight_VH.shape[0], 1.0 / temperature
     x_MH = _gather(hidden_NH, rows_M)
@@ -258,21 +321,58 @@ def _(hidden_NH, weight_VH, targets_N, rows_M, temperature, cached_rows, with_en
 
 
 @torch.library.custom_op("m2rl::linear_logprob_bwd", mutates_args=())
-def linear_logprob_bwd(grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None, hidden_NH: Tensor, weight_VH: Tensor,
-                       targets_N: Tensor, rows_M: Tensor | None, stats_4M: Tensor, cache_RV: Tensor, temperature: float,
-                       need_hidden: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def linear_logprob_bwd(
+    grad_logp_N: Tensor | None,
+    grad_entropy_N: Tensor | None,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    rows_M: Tensor | None,
+    stats_4M: Tensor,
+    cache_RV: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
     """(grad_hidden [N, H], grad_weight [V, H]), each empty when not needed."""
-    grad_hidden, grad_weight = _backward(grad_logp_N, grad_entropy_N, hidden_NH, weight_VH, targets_N, rows_M, stats_4M,
-                                         cache_RV, temperature, need_hidden, need_weight, None)
-    return (hidden_NH.new_empty(0) if grad_hidden is None else grad_hidden,
-            hidden_NH.new_empty(0) if grad_weight is None else grad_weight)
+    grad_hidden, grad_weight = _backward(
+        grad_logp_N,
+        grad_entropy_N,
+        hidden_NH,
+        weight_VH,
+        targets_N,
+        rows_M,
+        stats_4M,
+        cache_RV,
+        temperature,
+        need_hidden,
+        need_weight,
+        None,
+    )
+    return (
+        hidden_NH.new_empty(0) if grad_hidden is None else grad_hidden,
+        hidden_NH.new_empty(0) if grad_weight is None else grad_weight,
+    )
 
 
 @linear_logprob_bwd.register_fake
-def _(grad_logp_N, grad_entropy_N, hidden_NH, weight_VH, targets_N, rows_M, stats_4M, cache_RV, temperature,
-      need_hidden, need_weight):
-    return (hidden_NH.new_empty(hidden_NH.shape if need_hidden else 0),
-            hidden_NH.new_empty(weight_VH.shape if need_weight else 0))
+def _(
+    grad_logp_N,
+    grad_entropy_N,
+    hidden_NH,
+    weight_VH,
+    targets_N,
+    rows_M,
+    stats_4M,
+    cache_RV,
+    temperature,
+    need_hidden,
+    need_weight,
+):
+    return (
+        hidden_NH.new_empty(hidden_NH.shape if need_hidden else 0),
+        hidden_NH.new_empty(weight_VH.shape if need_weight else 0),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -288,8 +388,9 @@ def _grads(ctx, grad_logp_N, grad_entropy_N, _stats, _cache):
     if grad_logp_N is None and grad_entropy_N is None:
         return (None,) * 7
     need_hidden, need_weight = ctx.needs_input_grad[:2]
-    grad_hidden, grad_weight = linear_logprob_bwd(grad_logp_N, grad_entropy_N, *ctx.saved_tensors, ctx.temperature,
-                                                  need_hidden, need_weight)
+    grad_hidden, grad_weight = linear_logprob_bwd(
+        grad_logp_N, grad_entropy_N, *ctx.saved_tensors, ctx.temperature, need_hidden, need_weight
+    )
     return (grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None, None, None)
 
 
@@ -304,16 +405,28 @@ def _spread(x_M: Tensor, rows_M: Tensor | None, N: int) -> Tensor:
     return x_M if rows_M is None else x_M.new_zeros(N, *x_M.shape[1:]).index_copy_(0, rows_M, x_M)
 
 
-def _backward(grad_logp_N, grad_entropy_N, hidden_NH, weight_VH, targets_N, rows_M, stats_4M, cache_RV, temperature,
-              need_hidden, need_weight, grad_weight_out):
+def _backward(
+    grad_logp_N,
+    grad_entropy_N,
+    hidden_NH,
+    weight_VH,
+    targets_N,
+    rows_M,
+    stats_4M,
+    cache_RV,
+    temperature,
+    need_hidden,
+    need_weight,
+    grad_weight_out,
+):
     N, inv_t = hidden_NH.shape[0], 1.0 / temperature
     c_M = torch.zeros_like(stats_4M[0]) if grad_logp_N is None else _gather(grad_logp_N, rows_M).float()
     h_M = None if grad_entropy_N is None else _gather(grad_entropy_N, rows_M).float()
     backward = _triton().backward if hidden_NH.is_cuda else _backward_cpu
     x_MH, y_M = _gather(hidden_NH, rows_M), _gather(targets_N, rows_M).long()
-    grad_x_MH, grad_weight = backward(c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, need_hidden,
-                                      need_weight,
-                                      grad_weight_out)
+    grad_x_MH, grad_weight = backward(
+        c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, need_hidden, need_weight, grad_weight_out
+    )
     return _spread(grad_x_MH, rows_M, N) if need_hidden else None, grad_weight
 
 
@@ -501,8 +614,9 @@ class _TensorParallel(torch.autograd.Function):
         dist.all_reduce(sums_2M, group=group)
         bad = (~(sums_2M[0].log() <= -GUARD_LOGP)).nonzero()[:, 0]  # the same rows on every rank
         if bad.numel():
-            best = torch.stack([(x_MH[bad] @ weight_VH[v:ve].T).float().amax(1) for v,
-                                ve in _blocks(V)]).amax(0) * inv_t
+            best = (
+                torch.stack([(x_MH[bad] @ weight_VH[v:ve].T).float().amax(1) for v, ve in _blocks(V)]).amax(0) * inv_t
+            )
             dist.all_reduce(best, op=dist.ReduceOp.MAX, group=group)
             anchor_M[bad] = torch.maximum(best, target_M[bad])
             again = _shard_sums(x_MH[bad], weight_VH, y_M[bad], target_M[bad], anchor_M[bad], inv_t, with_entropy)
@@ -520,9 +634,19 @@ class _TensorParallel(torch.autograd.Function):
         c_M, h_M = (None if g is None else _gather(g, rows_M).float() for g in grads)
         x_MH, cache = _gather(hidden_NH, rows_M), _new_cache(hidden_NH, 0, weight_VH.shape[0])
         backward = _triton().backward if hidden_NH.is_cuda else _backward_cpu
-        grad_x, grad_weight = backward(torch.zeros_like(stats_4M[0]) if c_M is None else c_M, h_M, x_MH, weight_VH,
-                                       y_M, stats_4M,
-                                       cache, ctx.inv_t, ctx.needs_input_grad[0], ctx.needs_input_grad[1], None)
+        grad_x, grad_weight = backward(
+            torch.zeros_like(stats_4M[0]) if c_M is None else c_M,
+            h_M,
+            x_MH,
+            weight_VH,
+            y_M,
+            stats_4M,
+            cache,
+            ctx.inv_t,
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            None,
+        )
         if grad_x is not None:
             total = grad_x.float()
             torch.distributed.all_reduce(total, group=ctx.group)

@@ -89,9 +89,30 @@ def target_logit_kernel(x, w, y, target, M, V, H, stride_x, stride_w, inv_t, out
 
 
 @triton.jit
-def exponentials(acc, ki, yi, shift, at_target, row_scale, e_desc, E, stride_e, row, keep, m, v_first, V, inv_t,
-                 MODE: tl.constexpr, LIST: tl.constexpr, WITH_U: tl.constexpr, STORE_E: tl.constexpr,
-                 SCALED: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr):
+def exponentials(
+    acc,
+    ki,
+    yi,
+    shift,
+    at_target,
+    row_scale,
+    e_desc,
+    E,
+    stride_e,
+    row,
+    keep,
+    m,
+    v_first,
+    V,
+    inv_t,
+    MODE: tl.constexpr,
+    LIST: tl.constexpr,
+    WITH_U: tl.constexpr,
+    STORE_E: tl.constexpr,
+    SCALED: tl.constexpr,
+    TMA: tl.constexpr,
+    W: tl.constexpr,
+):
     """The epilogue on W columns of a tile: e to E, and the row sums of e and e (z - k)."""
     v = v_first + tl.arange(0, W)
     d = acc * inv_t - ki[:, None]
@@ -118,11 +139,41 @@ def exponentials(acc, ki, yi, shift, at_target, row_scale, e_desc, E, stride_e, 
 
 
 @triton.jit
-def product_kernel(x_desc, w_desc, e_desc, x, w, y, target, anchor, rows, count, S_part, U_part, E, at_target,
-                   row_scale, M, V, H, R, stride_x, stride_w, stride_e, inv_t,
-                   MODE: tl.constexpr, LIST: tl.constexpr, WITH_U: tl.constexpr, STORE_E: tl.constexpr,
-                   SCALED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-                   GROUP: tl.constexpr):
+def product_kernel(
+    x_desc,
+    w_desc,
+    e_desc,
+    x,
+    w,
+    y,
+    target,
+    anchor,
+    rows,
+    count,
+    S_part,
+    U_part,
+    E,
+    at_target,
+    row_scale,
+    M,
+    V,
+    H,
+    R,
+    stride_x,
+    stride_w,
+    stride_e,
+    inv_t,
+    MODE: tl.constexpr,
+    LIST: tl.constexpr,
+    WITH_U: tl.constexpr,
+    STORE_E: tl.constexpr,
+    SCALED: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Tiles of z = x w^T / T, persistent over (row tile, vocabulary tile); per tile
     SUMS: partial sums of e = exp(z - k) and of e (z - k) to [tile, row], and e to E where STORE_E and row < R;
     EXPONENTIALS: e, or `at_target` at the target, to E;  MAXIMUM: the row maximum to S_part.
@@ -153,13 +204,19 @@ def product_kernel(x_desc, w_desc, e_desc, x, w, y, target, anchor, rows, count,
             if TMA and not LIST:
                 a = x_desc.load([tile_m * BM, k])
             else:
-                a = tl.load(x + row.to(tl.int64)[:, None] * stride_x + depth[None, :],
-                            mask=ok_m[:, None] & (depth[None, :] < H), other=0.0)
+                a = tl.load(
+                    x + row.to(tl.int64)[:, None] * stride_x + depth[None, :],
+                    mask=ok_m[:, None] & (depth[None, :] < H),
+                    other=0.0,
+                )
             if TMA:
                 b = w_desc.load([tile_v * BV, k])
             else:
-                b = tl.load(w + v.to(tl.int64)[:, None] * stride_w + depth[None, :],
-                            mask=ok_v[:, None] & (depth[None, :] < H), other=0.0)
+                b = tl.load(
+                    w + v.to(tl.int64)[:, None] * stride_w + depth[None, :],
+                    mask=ok_v[:, None] & (depth[None, :] < H),
+                    other=0.0,
+                )
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
         part = tile_v.to(tl.int64) * M + slot
         if MODE == _MAXIMUM:
@@ -185,8 +242,30 @@ def product_kernel(x_desc, w_desc, e_desc, x, w, y, target, anchor, rows, count,
             s = tl.zeros([BM], tl.float32)
             u = tl.zeros([BM], tl.float32)
             for i in tl.static_range(4):
-                si, ui = exponentials(strips[i], ki, yi, shift, at, factor, e_desc, E, stride_e, row, keep, tile_m * BM,
-                                      tile_v * BV + i * W, V, inv_t, MODE, LIST, WITH_U, STORE_E, SCALED, TMA, W)
+                si, ui = exponentials(
+                    strips[i],
+                    ki,
+                    yi,
+                    shift,
+                    at,
+                    factor,
+                    e_desc,
+                    E,
+                    stride_e,
+                    row,
+                    keep,
+                    tile_m * BM,
+                    tile_v * BV + i * W,
+                    V,
+                    inv_t,
+                    MODE,
+                    LIST,
+                    WITH_U,
+                    STORE_E,
+                    SCALED,
+                    TMA,
+                    W,
+                )
                 s += si
                 u += ui
             if MODE == _SUMS:
@@ -206,15 +285,38 @@ def anchor_kernel(part, rows, count, target, anchor, M, n_v, BT: tl.constexpr, B
         best = tl.load(target + row, mask=ok, other=0.0)
         for t in range(0, n_v, BT):
             tile = t + tl.arange(0, BT)
-            p = tl.load(part + tile.to(tl.int64)[:, None] * M + slot[None, :], mask=(tile < n_v)[:, None] & ok[None, :],
-                        other=float("-inf"))
+            p = tl.load(
+                part + tile.to(tl.int64)[:, None] * M + slot[None, :],
+                mask=(tile < n_v)[:, None] & ok[None, :],
+                other=float("-inf"),
+            )
             best = tl.maximum(best, tl.max(p, 0))
         tl.store(anchor + row, best, mask=ok)
 
 
 @triton.jit
-def finalize_kernel(S_part, U_part, y, rows, count, target, anchor, S_out, U_out, E, M, V, n_v, R, stride_e, max_sum,
-                    LIST: tl.constexpr, WITH_U: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
+def finalize_kernel(
+    S_part,
+    U_part,
+    y,
+    rows,
+    count,
+    target,
+    anchor,
+    S_out,
+    U_out,
+    E,
+    M,
+    V,
+    n_v,
+    R,
+    stride_e,
+    max_sum,
+    LIST: tl.constexpr,
+    WITH_U: tl.constexpr,
+    BT: tl.constexpr,
+    BM: tl.constexpr,
+):
     """S and U from the partials, in one order; E' = E - S at the target of kept rows. Not LIST: rows out of range go
     to the list."""
     slot = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -264,9 +366,27 @@ def convert_kernel(E, out, y, alpha, beta, at_target, V, stride_e, stride_out, B
 
 
 @triton.jit
-def grad_hidden_kernel(e_desc, w_desc, E, w, acc32, out, scale, M, V, H, stride_e, stride_w,
-                       FIRST: tl.constexpr, ONLY: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
-                       BK: tl.constexpr, GROUP: tl.constexpr):
+def grad_hidden_kernel(
+    e_desc,
+    w_desc,
+    E,
+    w,
+    acc32,
+    out,
+    scale,
+    M,
+    V,
+    H,
+    stride_e,
+    stride_w,
+    FIRST: tl.constexpr,
+    ONLY: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """[BM, BV] tile of (E' w), the vocabulary in order, continued from acc32 unless FIRST. The ONLY slice scales its
     rows and rounds them to `out`; one of several leaves its sums in acc32."""
     n_m, n_h = tl.cdiv(M, BM), tl.cdiv(H, BV)
@@ -292,10 +412,16 @@ def grad_hidden_kernel(e_desc, w_desc, E, w, acc32, out, scale, M, V, H, stride_
             b = w_desc.load([k, tile_h * BV])
         else:
             depth = k + tl.arange(0, BK)
-            a = tl.load(E + row64[:, None] * stride_e + depth[None, :],
-                        mask=(row < M)[:, None] & (depth < V)[None, :], other=0.0)
-            b = tl.load(w + depth.to(tl.int64)[:, None] * stride_w + col[None, :],
-                        mask=(depth < V)[:, None] & (col < H)[None, :], other=0.0)
+            a = tl.load(
+                E + row64[:, None] * stride_e + depth[None, :],
+                mask=(row < M)[:, None] & (depth < V)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                w + depth.to(tl.int64)[:, None] * stride_w + col[None, :],
+                mask=(depth < V)[:, None] & (col < H)[None, :],
+                other=0.0,
+            )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if ONLY:
         a_i = tl.load(scale + row, mask=row < M, other=0.0)
@@ -329,26 +455,83 @@ def _desc(x: Tensor, block: list[int], tma: bool):
 
 def target_logits(x_MH: Tensor, w_VH: Tensor, y_M: Tensor, inv_t: float, outside: float, out: Tensor) -> Tensor:
     M, H = x_MH.shape
-    target_logit_kernel[(M,)](x_MH, w_VH, y_M, out, M, w_VH.shape[0], H, x_MH.stride(0), w_VH.stride(0), inv_t, outside,
-                              BH=min(1024, triton.next_power_of_2(H)), num_warps=4)
+    target_logit_kernel[(M,)](
+        x_MH,
+        w_VH,
+        y_M,
+        out,
+        M,
+        w_VH.shape[0],
+        H,
+        x_MH.stride(0),
+        w_VH.stride(0),
+        inv_t,
+        outside,
+        BH=min(1024, triton.next_power_of_2(H)),
+        num_warps=4,
+    )
     return out
 
 
-def product(mode, x_MH, w_VH, y_M, target, anchor, E, inv_t, *, rows=None, count=None, S_part=None, U_part=None,
-            at_target=None, row_scale=None, kept_rows=0) -> None:
+def product(
+    mode,
+    x_MH,
+    w_VH,
+    y_M,
+    target,
+    anchor,
+    E,
+    inv_t,
+    *,
+    rows=None,
+    count=None,
+    S_part=None,
+    U_part=None,
+    at_target=None,
+    row_scale=None,
+    kept_rows=0,
+) -> None:
     """Launches product_kernel; absent pointers are replaced by one that is never read."""
     listed, dummy = rows is not None, anchor
     (M, H), V, c = x_MH.shape, w_VH.shape[0], tile_for("guard" if listed else "forward", x_MH)
     tiles = triton.cdiv(M, c.BM) * triton.cdiv(V, c.BV)
     product_kernel[(_programs(x_MH, tiles),)](
-        _desc(x_MH, [c.BM, c.BK], c.tma), _desc(w_VH, [c.BV, c.BK], c.tma),
-        dummy if E is None else _desc(E[:, :V], [c.BM, c.BV // 4], c.tma), x_MH, w_VH, y_M, target, anchor,
-        rows if listed else dummy, count if listed else dummy, dummy if S_part is None else S_part,
-        dummy if U_part is None else U_part, dummy if E is None else E, dummy if at_target is None else at_target,
-        dummy if row_scale is None else row_scale, M, V, H, kept_rows, x_MH.stride(0), w_VH.stride(0),
-        0 if E is None else E.stride(0), inv_t, MODE=mode, LIST=listed, WITH_U=U_part is not None,
-        STORE_E=E is not None and kept_rows > 0, SCALED=row_scale is not None, TMA=c.tma, BM=c.BM, BV=c.BV, BK=c.BK,
-        GROUP=c.group, num_warps=c.num_warps, num_stages=c.num_stages)
+        _desc(x_MH, [c.BM, c.BK], c.tma),
+        _desc(w_VH, [c.BV, c.BK], c.tma),
+        dummy if E is None else _desc(E[:, :V], [c.BM, c.BV // 4], c.tma),
+        x_MH,
+        w_VH,
+        y_M,
+        target,
+        anchor,
+        rows if listed else dummy,
+        count if listed else dummy,
+        dummy if S_part is None else S_part,
+        dummy if U_part is None else U_part,
+        dummy if E is None else E,
+        dummy if at_target is None else at_target,
+        dummy if row_scale is None else row_scale,
+        M,
+        V,
+        H,
+        kept_rows,
+        x_MH.stride(0),
+        w_VH.stride(0),
+        0 if E is None else E.stride(0),
+        inv_t,
+        MODE=mode,
+        LIST=listed,
+        WITH_U=U_part is not None,
+        STORE_E=E is not None and kept_rows > 0,
+        SCALED=row_scale is not None,
+        TMA=c.tma,
+        BM=c.BM,
+        BV=c.BV,
+        BK=c.BK,
+        GROUP=c.group,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
 
 
 def forward(x_MH: Tensor, w_VH: Tensor, y_M: Tensor, inv_t: float, with_entropy: bool, cache_RV: Tensor) -> Tensor:
@@ -373,9 +556,27 @@ def forward(x_MH: Tensor, w_VH: Tensor, y_M: Tensor, inv_t: float, with_entropy:
             anchor_kernel[(triton.cdiv(M, 32),)](S_part, rows, count, target, anchor, M, n_v, BT=64, BM=32)
         product(SUMS, x, w, y_M, target, anchor, E, inv_t, S_part=S_part, U_part=U_part, kept_rows=R, **which)
         finalize_kernel[(triton.cdiv(M, 32),)](
-            S_part, S_part if U_part is None else U_part, y_M, rows, count, target, anchor, S, U,
-            cache_RV if R else S, M,
-            V, n_v, R, cache_RV.stride(0) if R else 0, MAX_SUM, LIST=listed, WITH_U=with_entropy, BT=64, BM=32)
+            S_part,
+            S_part if U_part is None else U_part,
+            y_M,
+            rows,
+            count,
+            target,
+            anchor,
+            S,
+            U,
+            cache_RV if R else S,
+            M,
+            V,
+            n_v,
+            R,
+            cache_RV.stride(0) if R else 0,
+            MAX_SUM,
+            LIST=listed,
+            WITH_U=with_entropy,
+            BT=64,
+            BM=32,
+        )
     return stats
 
 
@@ -390,8 +591,27 @@ def shard_sums(x_MH, w_VH, y_M, target, anchor, inv_t, with_entropy) -> Tensor:
     rows, count = torch.empty(M, dtype=torch.int32, device=x.device), torch.zeros(1, dtype=torch.int32, device=x.device)
     product(SUMS, x, w, y_M, target, anchor, None, inv_t, S_part=part[0], U_part=part[1] if with_entropy else None)
     finalize_kernel[(triton.cdiv(M, 32),)](
-        part[0], part[1], y_M, rows, count, target, anchor, sums[0], sums[1], sums, M, w.shape[0], n_v, 0, 0, MAX_SUM,
-        LIST=False, WITH_U=with_entropy, BT=64, BM=32)
+        part[0],
+        part[1],
+        y_M,
+        rows,
+        count,
+        target,
+        anchor,
+        sums[0],
+        sums[1],
+        sums,
+        M,
+        w.shape[0],
+        n_v,
+        0,
+        0,
+        MAX_SUM,
+        LIST=False,
+        WITH_U=with_entropy,
+        BT=64,
+        BM=32,
+    )
     return sums
 
 
@@ -409,10 +629,28 @@ def _grad_hidden(E, w, acc32, out, scale, first: bool, only: bool) -> None:
     (M, V), H, c = E.shape, w.shape[1], tile_for("grad_hidden", w)
     grid = (triton.cdiv(M, c.BM) * triton.cdiv(H, c.BV),)
     grad_hidden_kernel[grid](
-        _desc(E, [c.BM, c.BK], c.tma), _desc(w, [c.BK, c.BV], c.tma), E, w, out if acc32 is None else acc32, out,
-        scale, M, V,
-        H, E.stride(0), w.stride(0), FIRST=first, ONLY=only, TMA=c.tma, BM=c.BM, BV=c.BV, BK=c.BK, GROUP=c.group,
-        num_warps=c.num_warps, num_stages=c.num_stages)
+        _desc(E, [c.BM, c.BK], c.tma),
+        _desc(w, [c.BK, c.BV], c.tma),
+        E,
+        w,
+        out if acc32 is None else acc32,
+        out,
+        scale,
+        M,
+        V,
+        H,
+        E.stride(0),
+        w.stride(0),
+        FIRST=first,
+        ONLY=only,
+        TMA=c.tma,
+        BM=c.BM,
+        BV=c.BV,
+        BK=c.BK,
+        GROUP=c.group,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
 
 
 def slice_columns(rows: int, V: int, itemsize: int) -> int:
@@ -472,16 +710,35 @@ def backward(c_M, h_M, x_MH, w_VH, y_M, stats, cache_RV, inv_t, need_hidden, nee
         w_s, y_s, F = w[v:ve], y_M - v, scratch[:, : ve - v]
         again = slice(R, M)  # recomputed
         if R < M:
-            product(EXPONENTIALS, x[again], w_s, y_s[again], target[again], anchor[again], F[R - done:], inv_t,
-                    at_target=at_target[again],
-                    row_scale=None if row_scale is None else row_scale[again], kept_rows=M - R)
+            product(
+                EXPONENTIALS,
+                x[again],
+                w_s,
+                y_s[again],
+                target[again],
+                anchor[again],
+                F[R - done :],
+                inv_t,
+                at_target=at_target[again],
+                row_scale=None if row_scale is None else row_scale[again],
+                kept_rows=M - R,
+            )
         if alpha is not None and beta is not None:
             blocks = triton.cdiv(ve - v, 2048)
             for part, source in ((slice(0, R), cache_RV[:R, v:ve]), (slice(R, M), F[R:])):
                 if part.stop > part.start:
                     convert_kernel[(part.stop - part.start, blocks)](
-                        source, F[part], y_s[part], alpha[part], beta[part], at_target[part], ve - v, source.stride(0),
-                        F.stride(0), B=2048)
+                        source,
+                        F[part],
+                        y_s[part],
+                        alpha[part],
+                        beta[part],
+                        at_target[part],
+                        ve - v,
+                        source.stride(0),
+                        F.stride(0),
+                        B=2048,
+                    )
         if rest and grad_x is not None:
             _grad_hidden(F, w_s, acc32, grad_x[done:], scale[done:], v == 0, acc32 is None)
         if need_weight:

@@ -56,18 +56,26 @@ def token_logprob_ref(logits_NV, targets_N, temperature=1.0, return_entropy=Fals
 
 
 def _check(logits_NV, targets_N, temperature) -> None:
-    _require(logits_NV.dim() == 2 and logits_NV.shape[1] > 0,
-             lambda: f"logits must have shape [N, V] with V > 0, got {list(logits_NV.shape)}")
+    _require(
+        logits_NV.dim() == 2 and logits_NV.shape[1] > 0,
+        lambda: f"logits must have shape [N, V] with V > 0, got {list(logits_NV.shape)}",
+    )
     N, V = logits_NV.shape
-    _require(logits_NV.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-             lambda: f"logits must be float16, bfloat16, float32 or float64, got {logits_NV.dtype}")
-    _require(logits_NV.stride(1) == 1, lambda: f"logits must have unit stride along V, got strides "
-                                               f"{logits_NV.stride()}")
+    _require(
+        logits_NV.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        lambda: f"logits must be float16, bfloat16, float32 or float64, got {logits_NV.dtype}",
+    )
+    _require(
+        logits_NV.stride(1) == 1, lambda: f"logits must have unit stride along V, got strides {logits_NV.stride()}"
+    )
     _require(targets_N.shape == (N,), lambda: f"targets must have shape [N] = [{N}], got {list(targets_N.shape)}")
-    _require(targets_N.dtype in (torch.int64, torch.int32),
-             lambda: f"targets must be int64 or int32, got {targets_N.dtype}")
-    _require(targets_N.device == logits_NV.device,
-             lambda: f"targets must be on logits' device, {logits_NV.device}, got {targets_N.device}")
+    _require(
+        targets_N.dtype in (torch.int64, torch.int32), lambda: f"targets must be int64 or int32, got {targets_N.dtype}"
+    )
+    _require(
+        targets_N.device == logits_NV.device,
+        lambda: f"targets must be on logits' device, {logits_NV.device}, got {targets_N.device}",
+    )
     _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
     if targets_N.device.type == "cpu" and N > 0 and not torch.compiler.is_compiling():
         low, high = (int(t) for t in torch.aminmax(targets_N))
@@ -86,8 +94,9 @@ def _triton():
 
 
 @torch.library.custom_op("m2rl::token_logprob_fwd", mutates_args=())
-def token_logprob_fwd(logits_NV: Tensor, targets_N: Tensor, temperature: float,
-                      with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprob_fwd(
+    logits_NV: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], stats [4, N]: target logit, anchor k, S, U); entropy is empty without `with_entropy`."""
     forward = _triton().forward if logits_NV.is_cuda else _forward_cpu
     stats_4N = forward(logits_NV, targets_N, 1.0 / temperature, with_entropy)
@@ -100,13 +109,22 @@ def token_logprob_fwd(logits_NV: Tensor, targets_N: Tensor, temperature: float,
 @token_logprob_fwd.register_fake
 def _(logits_NV, targets_N, temperature, with_entropy):
     N, f32 = logits_NV.shape[0], torch.float32
-    return (logits_NV.new_empty(N, dtype=f32), logits_NV.new_empty(N if with_entropy else 0, dtype=f32),
-            logits_NV.new_empty(4, N, dtype=f32))
+    return (
+        logits_NV.new_empty(N, dtype=f32),
+        logits_NV.new_empty(N if with_entropy else 0, dtype=f32),
+        logits_NV.new_empty(4, N, dtype=f32),
+    )
 
 
 @torch.library.custom_op("m2rl::token_logprob_bwd", mutates_args=())
-def token_logprob_bwd(grad_logp_N: Tensor | None, grad_entropy_N: Tensor | None, logits_NV: Tensor, targets_N: Tensor,
-                      stats_4N: Tensor, temperature: float) -> Tensor:
+def token_logprob_bwd(
+    grad_logp_N: Tensor | None,
+    grad_entropy_N: Tensor | None,
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    stats_4N: Tensor,
+    temperature: float,
+) -> Tensor:
     """The gradient of the logits [N, V], contiguous, in their dtype."""
     inv_t = 1.0 / temperature
     _, anchor_N, S_N, U_N = stats_4N
@@ -156,8 +174,11 @@ def _tiles(N: int, V: int):
 def _shifted(logits_tile: Tensor, anchor_tile: Tensor, inv_t: float) -> Tensor:
     """z - k in float32, a new tensor."""
     if inv_t == 1.0:
-        return torch.sub(logits_tile, anchor_tile[:, None]) if logits_tile.dtype == torch.float32 else (
-            logits_tile.float().sub_(anchor_tile[:, None]))
+        return (
+            torch.sub(logits_tile, anchor_tile[:, None])
+            if logits_tile.dtype == torch.float32
+            else (logits_tile.float().sub_(anchor_tile[:, None]))
+        )
     return (logits_tile.float() * inv_t).sub_(anchor_tile[:, None])
 
 

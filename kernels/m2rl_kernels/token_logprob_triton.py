@@ -28,8 +28,9 @@ def row_sums(z_row, ki, V, inv_t, WITH_U: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(logits, targets, target, anchor, S_out, U_out, V, stride, inv_t, max_sum, WITH_U: tl.constexpr,
-                   B: tl.constexpr):
+def forward_kernel(
+    logits, targets, target, anchor, S_out, U_out, V, stride, inv_t, max_sum, WITH_U: tl.constexpr, B: tl.constexpr
+):
     """One row per program. A sum out of range is redone from the row maximum by the same program."""
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * stride
@@ -53,8 +54,9 @@ def forward_kernel(logits, targets, target, anchor, S_out, U_out, V, stride, inv
 
 
 @triton.jit
-def backward_kernel(grad, logits, targets, anchor, alpha, beta, gamma, V, stride, inv_t, WITH_U: tl.constexpr,
-                    B: tl.constexpr):
+def backward_kernel(
+    grad, logits, targets, anchor, alpha, beta, gamma, V, stride, inv_t, WITH_U: tl.constexpr, B: tl.constexpr
+):
     """grad = E (alpha + beta (z - k)) + [v = y] gamma, one block of one row per program."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * B + tl.arange(0, B)
@@ -79,8 +81,18 @@ def forward(logits_NV: Tensor, targets_N: Tensor, inv_t: float, with_entropy: bo
     N, V = logits_NV.shape
     stats = torch.empty(4, N, dtype=torch.float32, device=logits_NV.device)
     if N:
-        forward_kernel[(N,)](logits_NV, targets_N, *stats, V, logits_NV.stride(0), inv_t, MAX_SUM, WITH_U=with_entropy,
-                             B=_block(V), num_warps=8)
+        forward_kernel[(N,)](
+            logits_NV,
+            targets_N,
+            *stats,
+            V,
+            logits_NV.stride(0),
+            inv_t,
+            MAX_SUM,
+            WITH_U=with_entropy,
+            B=_block(V),
+            num_warps=8,
+        )
     return stats
 
 
@@ -90,5 +102,17 @@ def backward(grad_NV, logits_NV, targets_N, anchor_N, alpha_N, beta_N, gamma_N, 
     if N:
         B = _block(V)
         backward_kernel[(N, triton.cdiv(V, B))](
-            grad_NV, logits_NV, targets_N, anchor_N, alpha_N, alpha_N if beta_N is None else beta_N, gamma_N, V,
-            logits_NV.stride(0), inv_t, WITH_U=beta_N is not None, B=B, num_warps=8)
+            grad_NV,
+            logits_NV,
+            targets_N,
+            anchor_N,
+            alpha_N,
+            alpha_N if beta_N is None else beta_N,
+            gamma_N,
+            V,
+            logits_NV.stride(0),
+            inv_t,
+            WITH_U=beta_N is not None,
+            B=B,
+            num_warps=8,
+        )

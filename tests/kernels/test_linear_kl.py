@@ -8,8 +8,10 @@ from m2rl_kernels.linear_kl import linear_kl_bwd, linear_kl_fwd, linear_kl_ref
 
 def make(N, V, H, K, scale=1.0, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    heads = [(torch.randn(*shape, generator=g) * size).to(dtype) for shape, size in (
-        ((N, H), 1.0), ((V, H), scale / H**0.5), ((N, K), 1.0), ((V, K), scale / K**0.5))]
+    heads = [
+        (torch.randn(*shape, generator=g) * size).to(dtype)
+        for shape, size in (((N, H), 1.0), ((V, H), scale / H**0.5), ((N, K), 1.0), ((V, K), scale / K**0.5))
+    ]
     return heads, torch.randn(N, generator=g)
 
 
@@ -63,7 +65,7 @@ def test_the_teacher_gets_no_gradient_and_no_live_row_is_fine():
     linear_kl(*heads).sum().backward()
     assert heads[0].grad is not None and heads[2].grad is None and heads[3].grad is None
     kl = linear_kl(*heads, live=torch.zeros(5, dtype=torch.bool))
-    grad, = torch.autograd.grad(kl.sum(), heads[1])
+    (grad,) = torch.autograd.grad(kl.sum(), heads[1])
     assert not kl.any() and not grad.any()
 
 
@@ -74,8 +76,9 @@ def test_gradcheck_of_the_reference_and_opcheck():
         f = lambda x, w: linear_kl(x, w, *doubles[2:], direction=direction, temperature=0.7)  # noqa: E731, B023
         assert torch.autograd.gradcheck(f, (doubles[0].clone().requires_grad_(), doubles[1].clone().requires_grad_()))
     rows = torch.tensor([0, 2])
-    torch.library.opcheck(linear_kl_fwd, (heads[0].requires_grad_(), heads[1].requires_grad_(), *heads[2:], rows, True,
-                                          0.7, 1024))
+    torch.library.opcheck(
+        linear_kl_fwd, (heads[0].requires_grad_(), heads[1].requires_grad_(), *heads[2:], rows, True, 0.7, 1024)
+    )
     with torch.no_grad():
         _, stats = linear_kl_fwd(*heads, rows, True, 0.7, 1024)
     torch.library.opcheck(linear_kl_bwd, (c, *(t.detach() for t in heads), rows, stats, True, 0.7, 1024, True, True))
@@ -95,17 +98,24 @@ def test_the_sampled_estimate_and_its_gradient_are_the_divergence_in_the_mean():
     assert relative(got[0], grad_hidden) < 1e-4 and relative(got[1], grad_weight) < 1e-4
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"teacher_weight_VK": torch.zeros(6, 4)}, "teacher_weight must have the vocabulary of weight, 5, got 6"),
-    ({"teacher_hidden_NK": torch.zeros(2, 4)}, "teacher_hidden must have the rows of hidden, 3, got 2"),
-    ({"weight_VH": torch.zeros(5, 7)}, r"weight must have shape \[V, 8\], V > 0, got \[5, 7\]"),
-    ({"direction": "backward"}, "direction must be 'reverse' or 'forward', got 'backward'"),
-    ({"temperature": 0.0}, r"temperature must be positive and finite, got 0\.0"),
-    ({"chunk_bytes": 0}, "chunk_bytes must be positive, got 0"),
-    ({"live": torch.ones(2, dtype=torch.bool)}, r"live must be bool of shape \[N\] = \[3\], got torch\.bool \[2\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_weight_VK": torch.zeros(6, 4)}, "teacher_weight must have the vocabulary of weight, 5, got 6"),
+        ({"teacher_hidden_NK": torch.zeros(2, 4)}, "teacher_hidden must have the rows of hidden, 3, got 2"),
+        ({"weight_VH": torch.zeros(5, 7)}, r"weight must have shape \[V, 8\], V > 0, got \[5, 7\]"),
+        ({"direction": "backward"}, "direction must be 'reverse' or 'forward', got 'backward'"),
+        ({"temperature": 0.0}, r"temperature must be positive and finite, got 0\.0"),
+        ({"chunk_bytes": 0}, "chunk_bytes must be positive, got 0"),
+        ({"live": torch.ones(2, dtype=torch.bool)}, r"live must be bool of shape \[N\] = \[3\], got torch\.bool \[2\]"),
+    ],
+)
 def test_wrong_arguments_are_named_with_rule_and_value(change, message):
-    good = {"hidden_NH": torch.zeros(3, 8), "weight_VH": torch.zeros(5, 8), "teacher_hidden_NK": torch.zeros(3, 4),
-            "teacher_weight_VK": torch.zeros(5, 4)}
+    good = {
+        "hidden_NH": torch.zeros(3, 8),
+        "weight_VH": torch.zeros(5, 8),
+        "teacher_hidden_NK": torch.zeros(3, 4),
+        "teacher_weight_VK": torch.zeros(5, 4),
+    }
     with pytest.raises(ValueError, match=message):
         linear_kl(**{**good, **change})

@@ -60,15 +60,17 @@ def assert_bounds(got, want, dtype, hidden, weight, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("N", "V", "H"), [(1, 130, 8), (127, 4097, 40), (128, 220, 128), (129, 2048, 16), (300, 2049,
-                                                                                                            24)])
+@pytest.mark.parametrize(
+    ("N", "V", "H"), [(1, 130, 8), (127, 4097, 40), (128, 220, 128), (129, 2048, 16), (300, 2049, 24)]
+)
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_it_matches_float64(N, V, H, dtype, temperature):
     hidden, weight, targets = make(N, V, H, dtype)
     c, h = upstream(N)
     got = run(linear_logprob, hidden, weight, targets, c, h, temperature=temperature)
-    assert_bounds(got, exact(hidden, weight, targets, c, h, temperature=temperature), dtype, hidden, weight,
-                  temperature)
+    assert_bounds(
+        got, exact(hidden, weight, targets, c, h, temperature=temperature), dtype, hidden, weight, temperature
+    )
 
 
 @pytest.mark.parametrize("V", [50257, 151669, 151936])
@@ -79,9 +81,11 @@ def test_it_matches_float64_on_whole_vocabularies(V):
     assert_bounds(got, exact(hidden, weight, targets, c, h), torch.bfloat16, hidden, weight, 1.0)
 
 
-@pytest.mark.parametrize(("scale", "target"), [(0.004, "sampled"), (16.0, "sampled"), (3.0, "argmin"), (30.0,
-                                                                                                        "argmin")],
-                         ids=["flat", "peaked", "argmin", "guard"])
+@pytest.mark.parametrize(
+    ("scale", "target"),
+    [(0.004, "sampled"), (16.0, "sampled"), (3.0, "argmin"), (30.0, "argmin")],
+    ids=["flat", "peaked", "argmin", "guard"],
+)
 @pytest.mark.parametrize("cache_bytes", [0, 256 * 5000 * 4, 5 << 30])
 def test_it_matches_float64_in_hard_cases(scale, target, cache_bytes):
     hidden, weight, targets = make(300, 5000, 64, scale=scale, target=target)
@@ -168,8 +172,10 @@ def test_none_and_one_live_row(live_rows):
     live = torch.zeros(20, dtype=torch.bool)
     live[live_rows] = True
     c, h = upstream(20)
-    got, want = run(linear_logprob, hidden, weight, targets, c, h, live=live), exact(hidden, weight, targets, c, h,
-                                                                                     live=live)
+    got, want = (
+        run(linear_logprob, hidden, weight, targets, c, h, live=live),
+        exact(hidden, weight, targets, c, h, live=live),
+    )
     for ours, truth in zip(got, want):
         assert ours.shape == truth.shape and torch.allclose(ours.double(), truth, atol=2e-5)
 
@@ -215,8 +221,8 @@ def test_only_the_gradients_asked_for(which):
     inputs[which].requires_grad_()
     logp = linear_logprob(**{f"{k}_{'NH' if k == 'hidden' else 'VH'}": v for k, v in inputs.items()}, targets_N=targets)
     assert logp.requires_grad
-    grad, = torch.autograd.grad((logp * c).sum(), inputs[which], retain_graph=True)
-    again, = torch.autograd.grad((logp * c).sum(), inputs[which])
+    (grad,) = torch.autograd.grad((logp * c).sum(), inputs[which], retain_graph=True)
+    (again,) = torch.autograd.grad((logp * c).sum(), inputs[which])
     assert torch.equal(grad, again) and relative(grad, want[which].double()) < 1e-6
 
 
@@ -282,37 +288,56 @@ def test_opcheck(with_entropy, rows):
     with torch.no_grad():
         _, _, stats, cache = linear_logprob_fwd(hidden, weight, targets, rows, 0.7, 16, with_entropy)
     c, h = upstream(5)
-    args = (c, h if with_entropy else None, hidden.detach(), weight.detach(), targets, rows, stats, cache, 0.7, True,
-            True)
+    args = (
+        c,
+        h if with_entropy else None,
+        hidden.detach(),
+        weight.detach(),
+        targets,
+        rows,
+        stats,
+        cache,
+        0.7,
+        True,
+        True,
+    )
     torch.library.opcheck(linear_logprob_bwd, args)
 
 
 def test_float64_takes_the_reference():
     hidden, weight, targets = make(5, 13, 8)
     logp = linear_logprob(hidden.double(), weight.double(), targets)
-    assert logp.dtype == torch.float64 and torch.equal(logp, linear_logprob_ref(hidden.double(), weight.double(),
-                                                                                targets))
+    assert logp.dtype == torch.float64 and torch.equal(
+        logp, linear_logprob_ref(hidden.double(), weight.double(), targets)
+    )
 
 
 GOOD = {"hidden_NH": torch.zeros(3, 8), "weight_VH": torch.zeros(5, 8), "targets_N": torch.zeros(3, dtype=torch.int64)}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"hidden_NH": torch.zeros(3, 2, 4)}, r"hidden must have shape \[N, H\], got \[3, 2, 4\]"),
-    ({"hidden_NH": torch.zeros(3, 8, dtype=torch.int32)}, "hidden must be float16, bfloat16, float32 or float64, got "
-                                                          "torch.int32"),
-    ({"weight_VH": torch.zeros(5, 7)}, r"weight must have shape \[V, H\] with H = 8, V > 0, got \[5, 7\]"),
-    ({"weight_VH": torch.zeros(5, 8).bfloat16()}, "weight must have the dtype of hidden, torch.float32, got "
-                                                  "torch.bfloat16"),
-    ({"targets_N": torch.zeros(4, dtype=torch.int64)}, r"targets must have shape \[N\] = \[3\], got \[4\]"),
-    ({"targets_N": torch.zeros(3)}, "targets must be int64 or int32, got torch.float32"),
-    ({"targets_N": torch.tensor([0, 5, 1])}, r"targets must be in \[0, V\) = \[0, 5\), got 0 .. 5"),
-    ({"targets_N": torch.tensor([0, -1, 1])}, r"targets must be in \[0, V\) = \[0, 5\), got -1 .. 1"),
-    ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-    ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
-    ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
-    ({"live": torch.ones(3)}, r"live must be bool of shape \[N\] = \[3\], got torch.float32 \[3\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_NH": torch.zeros(3, 2, 4)}, r"hidden must have shape \[N, H\], got \[3, 2, 4\]"),
+        (
+            {"hidden_NH": torch.zeros(3, 8, dtype=torch.int32)},
+            "hidden must be float16, bfloat16, float32 or float64, got torch.int32",
+        ),
+        ({"weight_VH": torch.zeros(5, 7)}, r"weight must have shape \[V, H\] with H = 8, V > 0, got \[5, 7\]"),
+        (
+            {"weight_VH": torch.zeros(5, 8).bfloat16()},
+            "weight must have the dtype of hidden, torch.float32, got torch.bfloat16",
+        ),
+        ({"targets_N": torch.zeros(4, dtype=torch.int64)}, r"targets must have shape \[N\] = \[3\], got \[4\]"),
+        ({"targets_N": torch.zeros(3)}, "targets must be int64 or int32, got torch.float32"),
+        ({"targets_N": torch.tensor([0, 5, 1])}, r"targets must be in \[0, V\) = \[0, 5\), got 0 .. 5"),
+        ({"targets_N": torch.tensor([0, -1, 1])}, r"targets must be in \[0, V\) = \[0, 5\), got -1 .. 1"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
+        ({"live": torch.ones(3)}, r"live must be bool of shape \[N\] = \[3\], got torch.float32 \[3\]"),
+    ],
+)
 def test_wrong_arguments_are_named_with_rule_and_value(change, message):
     with pytest.raises(ValueError, match=message):
         linear_logprob(**{**GOOD, **change})
@@ -333,20 +358,33 @@ def _tensor_parallel_rank(rank, size, store, results):
         c, h = upstream(37)
         live = torch.arange(37) % 5 != 0
         shard = weight[rank * 2050 : (rank + 1) * 2050]
-        results.put((scale, rank, [t.numpy() for t in run(linear_logprob, hidden, shard, targets, c, h, live=live,
-                                                          tp_group=torch.distributed.group.WORLD)]))
+        results.put(
+            (
+                scale,
+                rank,
+                [
+                    t.numpy()
+                    for t in run(
+                        linear_logprob, hidden, shard, targets, c, h, live=live, tp_group=torch.distributed.group.WORLD
+                    )
+                ],
+            )
+        )
     torch.distributed.destroy_process_group()
 
 
 def test_tensor_parallel_shards_of_the_vocabulary_agree_with_the_whole(tmp_path):
     context = torch.multiprocessing.get_context("fork")
     results = context.Queue()
-    workers = [context.Process(target=_tensor_parallel_rank, args=(r, 2, tmp_path / "store",
-                                                                   results)) for r in range(2)]
+    workers = [
+        context.Process(target=_tensor_parallel_rank, args=(r, 2, tmp_path / "store", results)) for r in range(2)
+    ]
     for worker in workers:
         worker.start()
-    got = {(scale, rank): [torch.from_numpy(t) for t in tensors] for scale, rank, tensors in (results.get(timeout=60)
-                                                                                               for _ in range(4))}
+    got = {
+        (scale, rank): [torch.from_numpy(t) for t in tensors]
+        for scale, rank, tensors in (results.get(timeout=60) for _ in range(4))
+    }
     for worker in workers:
         worker.join(30)
         assert worker.exitcode == 0

@@ -17,8 +17,13 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'trit
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_interpreted_in_a_process_of_its_own():
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__], text=True,
-                              env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__],
+            text=True,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            timeout=300,
+        )
         print(done.stdout[-6000:], done.stderr[-2000:])
         assert done.returncode == 0 and " passed" in done.stdout
 
@@ -64,8 +69,11 @@ else:
         yield
         torch.use_deterministic_algorithms(False)
 
-    @pytest.mark.parametrize(("N", "V", "H", "scale"), [(1, 130, 8, 1.0), (40, 130, 40, 0.004), (40, 700, 72, 1.0),
-                                                        (33, 300, 64, 40.0)], ids=["one row", "flat", "tails", "guard"])
+    @pytest.mark.parametrize(
+        ("N", "V", "H", "scale"),
+        [(1, 130, 8, 1.0), (40, 130, 40, 0.004), (40, 700, 72, 1.0), (33, 300, 64, 40.0)],
+        ids=["one row", "flat", "tails", "guard"],
+    )
     @pytest.mark.parametrize("entropy_gradient", [False, True])
     def test_linear_matches_float64(tile, N, V, H, scale, entropy_gradient):
         hidden, weight, targets, c, h = make(N, V, H, scale)
@@ -170,7 +178,7 @@ else:
         c, h = torch.randn(N, generator=g), torch.randn(N, generator=g)
         exact_logits = logits.double().requires_grad_()
         logp, entropy = token_logprob_ref(exact_logits, targets, temperature, True)
-        want, = torch.autograd.grad((logp * c).sum() + ((entropy * h).sum() if entropy_gradient else 0), exact_logits)
+        (want,) = torch.autograd.grad((logp * c).sum() + ((entropy * h).sum() if entropy_gradient else 0), exact_logits)
         logp, entropy = logp.detach(), entropy.detach()
         target, k, S, U = tt.forward(logits, targets, 1 / temperature, True)
         bound = 2e-5 if scale < 90 else 2e-4

@@ -19,13 +19,14 @@ def make(N, V, scale=1.0, dtype=torch.float32, seed=0):
 def run(f, logits, targets, c, h, **options):
     logits = logits.detach().requires_grad_()
     logp, entropy = f(logits, targets, return_entropy=True, **options)
-    grad, = torch.autograd.grad((logp * c).sum() + (entropy * h).sum(), logits)
+    (grad,) = torch.autograd.grad((logp * c).sum() + (entropy * h).sum(), logits)
     return logp.detach(), entropy.detach(), grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("N", "V", "scale"), [(1, 5, 1.0), (33, 4097, 1.0), (20, 5000, 0.004), (20, 5000, 25.0),
-                                               (3, 151669, 2.0)])
+@pytest.mark.parametrize(
+    ("N", "V", "scale"), [(1, 5, 1.0), (33, 4097, 1.0), (20, 5000, 0.004), (20, 5000, 25.0), (3, 151669, 2.0)]
+)
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_it_matches_float64(N, V, scale, dtype, temperature):
     logits, targets, c, h = make(N, V, scale, dtype)
@@ -57,7 +58,7 @@ def test_rows_with_a_stride_int32_targets_and_logp_alone():
     logits.requires_grad_()
     logp = token_logprob(logits, targets)
     assert torch.equal(logp.detach(), want[0])
-    grad, = torch.autograd.grad((logp * c).sum(), logits)
+    (grad,) = torch.autograd.grad((logp * c).sum(), logits)
     assert torch.allclose(grad, want[2], atol=1e-7)
 
 
@@ -84,13 +85,16 @@ def test_opcheck_and_gradcheck(with_entropy):
     assert torch.autograd.gradcheck(lambda z: token_logprob(z, targets[:3] % 7, return_entropy=True), small)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"logits_NV": torch.zeros(3)}, r"logits must have shape \[N, V\] with V > 0, got \[3\]"),
-    ({"logits_NV": torch.zeros(5, 3).T}, r"logits must have unit stride along V, got strides \(1, 3\)"),
-    ({"targets_N": torch.zeros(3)}, r"targets must be int64 or int32, got torch\.float32"),
-    ({"targets_N": torch.tensor([0, 1, 5])}, r"targets must be in \[0, V\) = \[0, 5\), got 0 \.\. 5"),
-    ({"temperature": -1.0}, r"temperature must be positive and finite, got -1\.0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_NV": torch.zeros(3)}, r"logits must have shape \[N, V\] with V > 0, got \[3\]"),
+        ({"logits_NV": torch.zeros(5, 3).T}, r"logits must have unit stride along V, got strides \(1, 3\)"),
+        ({"targets_N": torch.zeros(3)}, r"targets must be int64 or int32, got torch\.float32"),
+        ({"targets_N": torch.tensor([0, 1, 5])}, r"targets must be in \[0, V\) = \[0, 5\), got 0 \.\. 5"),
+        ({"temperature": -1.0}, r"temperature must be positive and finite, got -1\.0"),
+    ],
+)
 def test_wrong_arguments_are_named_with_rule_and_value(change, message):
     with pytest.raises(ValueError, match=message):
         token_logprob(**{"logits_NV": torch.zeros(3, 5), "targets_N": torch.zeros(3, dtype=torch.int64), **change})

@@ -31,8 +31,9 @@ def compile_kernel(kernel, types, constants, capability, num_warps, num_stages=3
     aligned = [n for n in types if types[n].startswith("*") or n.startswith("stride") or n in ("H", "M")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, dict(constants), attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": num_warps, "num_stages": num_stages})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+    )
     return compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"]
 
 
@@ -40,8 +41,9 @@ def usage(cubin, tmp_path):
     file = tmp_path / "kernel.cubin"
     file.write_bytes(cubin)
     text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file], text=True, capture_output=True, check=True).stdout
-    registers, stack, _, local = (int(g) for g in re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
-                                                            text).groups())
+    registers, stack, _, local = (
+        int(g) for g in re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text).groups()
+    )
     return registers, stack, local
 
 
@@ -76,66 +78,222 @@ PRODUCTS = {  # name: (operation, MODE, LIST, WITH_U, STORE_E, SCALED)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "fp16" if "scaled" in name else "bf16") for name in PRODUCTS),
-                                             ("forward, entropy, cached", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "fp16" if "scaled" in name else "bf16") for name in PRODUCTS), ("forward, entropy, cached", "fp32")],
+)
 def test_linear_logprob_product(name, dtype, capability, tmp_path):
     operation, mode, listed, with_u, store, scaled = PRODUCTS[name]
     c = tile_for(operation, capability, 4 if dtype == "fp32" else 2)
-    types = {"x": f"*{dtype}", "w": f"*{dtype}", "y": "*i64", "target": "*fp32", "anchor": "*fp32",
-             "rows": "*i32" if listed else "*fp32", "count": "*i32" if listed else "*fp32", "S_part": "*fp32",
-             "U_part": "*fp32", "E": f"*{dtype}" if store else "*fp32", "at_target": "*fp32", "row_scale": "*fp32",
-             "M": "i32",
-             "V": "i32", "H": "i32", "R": "i32", "stride_x": "i32", "stride_w": "i32", "stride_e": "i32",
-             "inv_t": "fp32",
-             "x_desc": descriptor(dtype, c.BM, c.BK, c.tma), "w_desc": descriptor(dtype, c.BV, c.BK, c.tma),
-             "e_desc": descriptor(dtype, c.BM, c.BV // 4, c.tma) if store else "*fp32"}
-    constants = {"MODE": mode, "LIST": listed, "WITH_U": with_u, "STORE_E": store, "SCALED": scaled, "TMA": c.tma,
-                 "BM": c.BM,
-                 "BV": c.BV, "BK": c.BK, "GROUP": c.group}
-    check(f"product: {name} {dtype}", lt.product_kernel, types, constants, capability, c.num_warps, c.num_stages,
-          tmp_path,
-          tensor_cores=dtype != "fp32")
+    types = {
+        "x": f"*{dtype}",
+        "w": f"*{dtype}",
+        "y": "*i64",
+        "target": "*fp32",
+        "anchor": "*fp32",
+        "rows": "*i32" if listed else "*fp32",
+        "count": "*i32" if listed else "*fp32",
+        "S_part": "*fp32",
+        "U_part": "*fp32",
+        "E": f"*{dtype}" if store else "*fp32",
+        "at_target": "*fp32",
+        "row_scale": "*fp32",
+        "M": "i32",
+        "V": "i32",
+        "H": "i32",
+        "R": "i32",
+        "stride_x": "i32",
+        "stride_w": "i32",
+        "stride_e": "i32",
+        "inv_t": "fp32",
+        "x_desc": descriptor(dtype, c.BM, c.BK, c.tma),
+        "w_desc": descriptor(dtype, c.BV, c.BK, c.tma),
+        "e_desc": descriptor(dtype, c.BM, c.BV // 4, c.tma) if store else "*fp32",
+    }
+    constants = {
+        "MODE": mode,
+        "LIST": listed,
+        "WITH_U": with_u,
+        "STORE_E": store,
+        "SCALED": scaled,
+        "TMA": c.tma,
+        "BM": c.BM,
+        "BV": c.BV,
+        "BK": c.BK,
+        "GROUP": c.group,
+    }
+    check(
+        f"product: {name} {dtype}",
+        lt.product_kernel,
+        types,
+        constants,
+        capability,
+        c.num_warps,
+        c.num_stages,
+        tmp_path,
+        tensor_cores=dtype != "fp32",
+    )
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize(("first", "only"), [(True, True), (True, False), (False, False)])
 def test_linear_logprob_grad_hidden(first, only, capability, tmp_path):
     c = tile_for("grad_hidden", capability, 2)
-    types = {"E": "*bf16", "w": "*bf16", "acc32": "*fp32", "out": "*bf16", "scale": "*fp32", "M": "i32", "V": "i32",
-             "H": "i32", "stride_e": "i32", "stride_w": "i32", "e_desc": descriptor("bf16", c.BM, c.BK, c.tma),
-             "w_desc": descriptor("bf16", c.BK, c.BV, c.tma)}
+    types = {
+        "E": "*bf16",
+        "w": "*bf16",
+        "acc32": "*fp32",
+        "out": "*bf16",
+        "scale": "*fp32",
+        "M": "i32",
+        "V": "i32",
+        "H": "i32",
+        "stride_e": "i32",
+        "stride_w": "i32",
+        "e_desc": descriptor("bf16", c.BM, c.BK, c.tma),
+        "w_desc": descriptor("bf16", c.BK, c.BV, c.tma),
+    }
     constants = {"FIRST": first, "ONLY": only, "TMA": c.tma, "BM": c.BM, "BV": c.BV, "BK": c.BK, "GROUP": c.group}
-    check(f"grad_hidden: first {first}, only {only}", lt.grad_hidden_kernel, types, constants, capability, c.num_warps,
-          c.num_stages, tmp_path, tensor_cores=True)
+    check(
+        f"grad_hidden: first {first}, only {only}",
+        lt.grad_hidden_kernel,
+        types,
+        constants,
+        capability,
+        c.num_warps,
+        c.num_stages,
+        tmp_path,
+        tensor_cores=True,
+    )
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_linear_logprob_row_kernels(capability, tmp_path):
     f, i = "*fp32", "i32"
-    check("target_logit", lt.target_logit_kernel,
-          {"x": "*bf16", "w": "*bf16", "y": "*i64", "target": f, "M": i, "V": i, "H": i, "stride_x": i, "stride_w": i,
-           "inv_t": "fp32", "outside": "fp32"}, {"BH": 1024}, capability, 4, 3, tmp_path)
-    check("anchor", lt.anchor_kernel, {"part": f, "rows": "*i32", "count": "*i32", "target": f, "anchor": f, "M": i,
-                                       "n_v": i},
-          {"BT": 64, "BM": 32}, capability, 4, 3, tmp_path)
+    check(
+        "target_logit",
+        lt.target_logit_kernel,
+        {
+            "x": "*bf16",
+            "w": "*bf16",
+            "y": "*i64",
+            "target": f,
+            "M": i,
+            "V": i,
+            "H": i,
+            "stride_x": i,
+            "stride_w": i,
+            "inv_t": "fp32",
+            "outside": "fp32",
+        },
+        {"BH": 1024},
+        capability,
+        4,
+        3,
+        tmp_path,
+    )
+    check(
+        "anchor",
+        lt.anchor_kernel,
+        {"part": f, "rows": "*i32", "count": "*i32", "target": f, "anchor": f, "M": i, "n_v": i},
+        {"BT": 64, "BM": 32},
+        capability,
+        4,
+        3,
+        tmp_path,
+    )
     for listed in (False, True):
-        check(f"finalize, listed {listed}", lt.finalize_kernel,
-              {"S_part": f, "U_part": f, "y": "*i64", "rows": "*i32", "count": "*i32", "target": f, "anchor": f,
-               "S_out": f,
-               "U_out": f, "E": "*bf16", "M": i, "V": i, "n_v": i, "R": i, "stride_e": i, "max_sum": "fp32"},
-              {"LIST": listed, "WITH_U": True, "BT": 64, "BM": 32}, capability, 4, 3, tmp_path)
-    check("convert", lt.convert_kernel,
-          {"E": "*bf16", "out": "*bf16", "y": "*i64", "alpha": f, "beta": f, "at_target": f, "V": i, "stride_e": i,
-           "stride_out": i}, {"B": 2048}, capability, 4, 3, tmp_path)
+        check(
+            f"finalize, listed {listed}",
+            lt.finalize_kernel,
+            {
+                "S_part": f,
+                "U_part": f,
+                "y": "*i64",
+                "rows": "*i32",
+                "count": "*i32",
+                "target": f,
+                "anchor": f,
+                "S_out": f,
+                "U_out": f,
+                "E": "*bf16",
+                "M": i,
+                "V": i,
+                "n_v": i,
+                "R": i,
+                "stride_e": i,
+                "max_sum": "fp32",
+            },
+            {"LIST": listed, "WITH_U": True, "BT": 64, "BM": 32},
+            capability,
+            4,
+            3,
+            tmp_path,
+        )
+    check(
+        "convert",
+        lt.convert_kernel,
+        {
+            "E": "*bf16",
+            "out": "*bf16",
+            "y": "*i64",
+            "alpha": f,
+            "beta": f,
+            "at_target": f,
+            "V": i,
+            "stride_e": i,
+            "stride_out": i,
+        },
+        {"B": 2048},
+        capability,
+        4,
+        3,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_token_logprob(capability, tmp_path):
     f, i = "*fp32", "i32"
-    check("token forward", tt.forward_kernel,
-          {"logits": "*bf16", "targets": "*i64", "target": f, "anchor": f, "S_out": f, "U_out": f, "V": i, "stride": i,
-           "inv_t": "fp32", "max_sum": "fp32"}, {"WITH_U": True, "B": tt.BLOCK}, capability, 8, 3, tmp_path)
-    check("token backward", tt.backward_kernel,
-          {"grad": "*bf16", "logits": "*bf16", "targets": "*i64", "anchor": f, "alpha": f, "beta": f, "gamma": f,
-           "V": i,
-           "stride": i, "inv_t": "fp32"}, {"WITH_U": True, "B": tt.BLOCK}, capability, 8, 3, tmp_path)
+    check(
+        "token forward",
+        tt.forward_kernel,
+        {
+            "logits": "*bf16",
+            "targets": "*i64",
+            "target": f,
+            "anchor": f,
+            "S_out": f,
+            "U_out": f,
+            "V": i,
+            "stride": i,
+            "inv_t": "fp32",
+            "max_sum": "fp32",
+        },
+        {"WITH_U": True, "B": tt.BLOCK},
+        capability,
+        8,
+        3,
+        tmp_path,
+    )
+    check(
+        "token backward",
+        tt.backward_kernel,
+        {
+            "grad": "*bf16",
+            "logits": "*bf16",
+            "targets": "*i64",
+            "anchor": f,
+            "alpha": f,
+            "beta": f,
+            "gamma": f,
+            "V": i,
+            "stride": i,
+            "inv_t": "fp32",
+        },
+        {"WITH_U": True, "B": tt.BLOCK},
+        capability,
+        8,
+        3,
+        tmp_path,
+    )

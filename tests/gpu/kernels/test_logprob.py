@@ -72,11 +72,21 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("N", "V", "H", "dtype"), [
-    (1, 130, 1024, BF16), (127, 4097, 2560, BF16), (128, 50257, 1000, BF16), (129, 151669, 1024, BF16), (3328, 151936,
-                                                                                                         2560, BF16),
-    (300, 151936, 4096, BF16), (129, 4097, 1024, F16), (300, 50257, 2048, F16), (129, 4097, 1024, F32), (40, 130, 72,
-                                                                                                         F32)])
+@pytest.mark.parametrize(
+    ("N", "V", "H", "dtype"),
+    [
+        (1, 130, 1024, BF16),
+        (127, 4097, 2560, BF16),
+        (128, 50257, 1000, BF16),
+        (129, 151669, 1024, BF16),
+        (3328, 151936, 2560, BF16),
+        (300, 151936, 4096, BF16),
+        (129, 4097, 1024, F16),
+        (300, 50257, 2048, F16),
+        (129, 4097, 1024, F32),
+        (40, 130, 72, F32),
+    ],
+)
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_linear_matches_float64(N, V, H, dtype, entropy_gradient, poison):
     hidden, weight, targets, c, h = make(N, V, H, dtype)
@@ -87,8 +97,11 @@ def test_linear_matches_float64(N, V, H, dtype, entropy_gradient, poison):
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
-@pytest.mark.parametrize(("scale", "argmin"), [(0.004, False), (16.0, False), (3.0, True), (30.0, True)],
-                         ids=["flat", "peaked", "argmin", "guard"])
+@pytest.mark.parametrize(
+    ("scale", "argmin"),
+    [(0.004, False), (16.0, False), (3.0, True), (30.0, True)],
+    ids=["flat", "peaked", "argmin", "guard"],
+)
 def test_linear_in_hard_cases(scale, argmin, temperature, poison):
     hidden, weight, targets, c, h = make(300, 50257, 1024, BF16, scale, argmin)
     want = exact(hidden, weight, targets, c, h, temperature)
@@ -134,8 +147,10 @@ def test_linear_beyond_int32_offsets():
     hidden, weight, targets, c, _ = make(N, V, H)
     whole = run(hidden, weight, targets, c, None)
     tail = slice(N - 64, N)
-    assert_bounds(run(hidden[tail], weight, targets[tail], c[tail], None),
-                  exact(hidden[tail], weight, targets[tail], c[tail], None))
+    assert_bounds(
+        run(hidden[tail], weight, targets[tail], c[tail], None),
+        exact(hidden[tail], weight, targets[tail], c[tail], None),
+    )
     part = run(hidden[tail], weight, targets[tail], c[tail], None)
     assert all(torch.equal(a[tail], b) for a, b in zip(whole[:3], part[:3]))
 
@@ -175,8 +190,9 @@ def test_linear_accumulates_into_grad_weight_out():
     for cache_bytes in (5 << 30, 256 * 4160 * 2, 0):
         total = torch.zeros(4097, 1024, device="cuda")
         for rows in (slice(0, 400), slice(400, 1000)):
-            _, _, saved = linear_logprob_forward(hidden[rows], weight, targets[rows], return_entropy=True,
-                                                 cache_bytes=cache_bytes)
+            _, _, saved = linear_logprob_forward(
+                hidden[rows], weight, targets[rows], return_entropy=True, cache_bytes=cache_bytes
+            )
             assert linear_logprob_backward(saved, c[rows], h[rows], grad_weight_out=total)[1] is None
         assert relative(total, want) <= 4e-3
 
@@ -201,9 +217,16 @@ def test_linear_under_torch_compile_and_opcheck():
     torch.library.opcheck(linear_logprob_bwd, (c, h, hidden, weight, targets, None, stats, cache, 0.7, True, True))
 
 
-@pytest.mark.parametrize(("N", "V", "dtype", "scale"), [(1, 130, BF16, 1.0), (300, 151669, BF16, 2.0), (300, 50257,
-                                                                                                        F16, 2.0),
-                                                        (64, 4097, F32, 30.0), (16384, 151936, BF16, 2.0)])
+@pytest.mark.parametrize(
+    ("N", "V", "dtype", "scale"),
+    [
+        (1, 130, BF16, 1.0),
+        (300, 151669, BF16, 2.0),
+        (300, 50257, F16, 2.0),
+        (64, 4097, F32, 30.0),
+        (16384, 151936, BF16, 2.0),
+    ],
+)
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_token_matches_float64(N, V, dtype, scale, entropy_gradient, poison):
     g = torch.Generator("cuda").manual_seed(0)
@@ -211,11 +234,11 @@ def test_token_matches_float64(N, V, dtype, scale, entropy_gradient, poison):
     targets = torch.randint(V, (N,), generator=g, device="cuda")
     c, h = torch.randn(2, N, generator=g, device="cuda")
     logp, entropy = token_logprob(logits, targets, temperature=0.7, return_entropy=True)
-    grad, = torch.autograd.grad((logp * c).sum() + ((entropy * h).sum() if entropy_gradient else 0), logits)
+    (grad,) = torch.autograd.grad((logp * c).sum() + ((entropy * h).sum() if entropy_gradient else 0), logits)
     tail = slice(max(0, N - 64), N)
     z = logits.detach()[tail].double().requires_grad_()
     lp, en = token_logprob_ref(z, targets[tail], 0.7, True)
-    want, = torch.autograd.grad((lp * c[tail]).sum() + ((en * h[tail]).sum() if entropy_gradient else 0), z)
+    (want,) = torch.autograd.grad((lp * c[tail]).sum() + ((en * h[tail]).sum() if entropy_gradient else 0), z)
     assert float((logp[tail] - lp).abs().max()) <= (2e-5 if scale < 30 else 2e-4)
     assert float((entropy[tail] - en).abs().max()) <= 5e-5
     assert relative(grad[tail], want) <= (4e-3 if dtype != F32 else 5e-5)
