@@ -134,6 +134,8 @@ def program(response: str) -> str | None:
     """The last fenced block marked as Python, else the last unmarked one. An unclosed block ends with the text."""
     marked = unmarked = None
     for language, body in blocks(response):
+        if not body.strip():
+            continue
         if language in LANGUAGES:
             marked = body
         elif not language:
@@ -156,6 +158,9 @@ def blocks(text: str) -> list[tuple[str, str]]:
         opening = _OPENING.search(line)
         if not opening:
             continue
+        before = line[: opening.start()].strip("-*+> \t0123456789.")
+        if before and opening.group(2).lower() not in LANGUAGES and not before.endswith(":"):
+            continue  # backticks within a sentence
         fence, body = opening.group(1), []
         while i < len(lines):
             inner = lines[i]
@@ -167,8 +172,8 @@ def blocks(text: str) -> list[tuple[str, str]]:
                 body.append(inner.rstrip().rstrip("`"))
                 break
             body.append(inner)
-        if not line[: opening.start()].strip("-*+> \t0123456789."):  # a fence in a list carries its block's indentation
-            body = textwrap.dedent("\n".join(body)).split("\n") if line[: opening.start()] else body
+        if line[: opening.start()] and not before:  # a fence in a list carries its block's indentation
+            body = textwrap.dedent("\n".join(body)).split("\n")
         found.append((opening.group(2).lower(), "\n".join(body) + "\n"))
     return found
 

@@ -179,6 +179,7 @@ def run_program(limits, config):
             setattr(sys, name, open(fd, mode, 1 << 16, encoding="utf-8", errors="surrogateescape", closefd=False))  # noqa: SIM115
         vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
         builtins.open = opener(builtins.open)
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as the site module, which is not loaded, provides them
         random.seed(0)  # a fork seeds it anew; here a verdict repeats
         sys.argv = ["program.py"]
         main = type(sys)("__main__")
