@@ -280,6 +280,8 @@ class Selector {
     std::vector<std::vector<uint32_t>> keys(static_cast<size_t>(lists_));
     for (auto& list : keys) list.reserve(static_cast<size_t>(m));
     std::vector<float> d(static_cast<size_t>(in_.experts));
+    std::vector<const float*> pointers;
+    for (auto& x : d) pointers.push_back(&x);
     int64_t t = first_;
     for (int64_t j = 0; j < m; ++j) {
       // position j of m strata, jittered inside its stratum by a fixed hash
@@ -294,8 +296,6 @@ class Selector {
         for (int64_t l = 0; l < lists_; ++l) keys[static_cast<size_t>(l)].push_back(magnitude_key(d[static_cast<size_t>(l)]));
       } else {
         float v;
-        std::vector<const float*> pointers;
-        for (auto& x : d) pointers.push_back(&x);
         ops_.variance(&v, pointers.data(), static_cast<int>(in_.experts), 1);
         keys[0].push_back(magnitude_key(v));
       }

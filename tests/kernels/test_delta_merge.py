@@ -140,6 +140,25 @@ def test_selection_survives_a_sample_that_misses():
         assert torch.equal(mask, want), k
 
 
+@pytest.mark.parametrize("sampled_are_large", [True, False])
+def test_selection_survives_a_sample_that_lies(sampled_are_large):
+    """The sample's positions are fixed by the size: values chosen against it put the answer on either side."""
+    n = 300_000
+    m = max(2048, n // 256)
+    j = np.arange(m, dtype=np.uint64)
+    jitter = (j * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    sampled = (n * (j / m)).astype(np.int64) + (jitter % np.uint64(n // m)).astype(np.int64)
+    g = torch.Generator().manual_seed(0)
+    small, large = torch.rand(n, generator=g) * 0.5, 1 + torch.rand(n, generator=g)
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[torch.from_numpy(sampled)] = True
+    x = torch.where(chosen == sampled_are_large, large, small)
+    (mask,) = topk_masks([torch.zeros(n)], [[x]], 0.5)[0]
+    want = torch.zeros(n, dtype=torch.bool)
+    want[torch.argsort(x, descending=True, stable=True)[: n // 2]] = True
+    assert torch.equal(mask, want)
+
+
 shapes = st.lists(
     st.one_of(st.tuples(st.integers(0, 70), st.integers(1, 40)), st.tuples(st.integers(0, 5000))),
     min_size=1,

@@ -616,6 +616,23 @@ def test_sweep_keeps_the_best_and_reads_the_inputs_once(models, tmp_path, monkey
     assert not list(tmp_path.glob(".*"))
 
 
+def test_sweep_scores_with_the_evaluator(embedded_folder, tmp_path):
+    for k in range(2):
+        shutil.copytree(embedded_folder, tmp_path / f"e{k}")
+        tensors = load_file(embedded_folder / "model.safetensors")
+        g = torch.Generator().manual_seed(k)
+        tuned = {n: x + 0.01 * torch.randn(x.shape, generator=g).to(x.dtype) for n, x in tensors.items()}
+        save_file(tuned, tmp_path / f"e{k}" / "model.safetensors", metadata={"format": "pt"})
+    done = cli(
+        "--base", embedded_folder, "--experts", tmp_path / "e0", tmp_path / "e1", "--method", "ties",
+        "--density", "0.5", "--lambda", "0.5", "--sweep", "--evaluate", "math", "--k", "1", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [r["label"] for r in rows] == ["ties-density0.5-lambda0.5"]
+    assert all(0 <= r["scores"]["math"][0] <= 1 for r in rows) and (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_api_on_state_dicts_and_modules(models):
     *_, base_t, experts_t = models
     merged = tool.merge(base_t, experts_t, "ties", density=0.3)
