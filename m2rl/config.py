@@ -63,6 +63,8 @@ class Domain:
     """Score 0 without `</think>`, and score only what follows the last one."""
     preset: Literal["strict", "reference"] = "strict"
     """Scoring rules: ours, or the reference code's with its known defects (for comparison)."""
+    tables_dir: str = ""
+    """Agent only: folder of the workplace's tables (CSV)."""
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,10 @@ def _verifier_problems(row: Row, text: str, world: workplace.World | None) -> It
     if row.response is not None or (row.messages and row.messages[-1]["role"] == "assistant"):
         return  # a demonstration: nothing is verified
     try:
-        check_spec(row.domain, row.spec)
+        if row.domain != "agent" or world is not None:
+            check_spec(row.domain, row.spec if world is None else {**row.spec, "tables_dir": world.folder})
+        else:
+            agent.ground_truth(row.spec)
     except ValueError as error:
         yield "unverifiable", str(error)
         return

@@ -58,12 +58,16 @@ class Encoder:
         messages = self._chat(row, where or row.id)
         tools = row.spec.get("tools")
         text = self._text(row) if messages is None else self._render(messages, True, where or row.id, tools)
-        option = self.options.get(row.domain)
+        return Prompt(row.id, row.domain, tuple(self._ids(text, messages is None)), text, self.spec(row))
+
+    def spec(self, row: Row) -> dict[str, Any]:
+        """The row's spec with the options of its domain."""
+        option = self.options.get(row.domain, Domain(row.domain))
         spec = dict(row.spec)
-        if option is not None:
-            spec |= {"think_gate": option.think_gate} if option.think_gate else {}
-            spec |= {"preset": option.preset} if option.preset != "strict" else {}
-        return Prompt(row.id, row.domain, tuple(self._ids(text, messages is None)), text, spec)
+        spec |= {"think_gate": option.think_gate} if option.think_gate else {}
+        spec |= {"preset": option.preset} if option.preset != "strict" else {}
+        spec |= {"tables_dir": option.tables_dir} if option.tables_dir else {}
+        return spec
 
     def _render(self, messages: list[dict[str, Any]], generation: bool, where: str, tools: Any = None) -> str:
         try:
@@ -248,7 +252,7 @@ def load_sources(
                 continue
             if verifiable:
                 try:
-                    check_spec(row.domain, row.spec)
+                    check_spec(row.domain, encoder.spec(row))
                 except ValueError as error:
                     raise InputError(f"{where}: {error}") from None
                 option = encoder.options.get(row.domain, Domain(row.domain))

@@ -125,8 +125,15 @@ def _schemas(tools: str) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-_TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int, float), "number": (int, float),
-                                       "boolean": (bool,), "array": (list,), "object": (dict,), "null": ()}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int, float),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (),
+}
 
 
 def argument_error(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -194,8 +201,11 @@ def lint(spec: Mapping[str, Any], world: World) -> list[str]:
     except InputError as error:
         return [str(error)]
     problems = [] if known else ["tools is empty"]
-    problems += [f"tool {name} is not one of the {len(workplace.TOOLS)} of the workplace"
-                 for name in known if name not in workplace.TOOLS]
+    problems += [
+        f"tool {name} is not one of the {len(workplace.TOOLS)} of the workplace"
+        for name in known
+        if name not in workplace.TOOLS
+    ]
     state = State(world)
     for i, call in enumerate(calls):
         try:
@@ -289,6 +299,25 @@ class Episode:
         return Verdict(0.0, "wrong", f"differs: {', '.join(wrong)}; {done}") if wrong else Verdict(1.0, "ok", done)
 
 
+def check_spec(spec: Mapping[str, Any]) -> None:
+    """InputError unless the row's tools, reference calls and tables can be read."""
+    if not schemas(spec.get("tools") or ()):
+        raise InputError("agent needs key tools, a list of function schemas")
+    ground_truth(spec)
+    _world(spec)
+
+
+def episode(spec: Mapping[str, Any]) -> Episode:
+    """A fresh conversation about a row whose `tables_dir` names the world."""
+    return Episode(spec, _world(spec))
+
+
+def _world(spec: Mapping[str, Any]) -> World:
+    if not spec.get("tables_dir"):
+        raise InputError("agent needs the workplace's tables: set tables_dir, their folder, in [[domain]] agent")
+    return load_world(spec["tables_dir"])
+
+
 _END = re.compile(r"<\|(?:im_end|endoftext)\|>")
 
 
@@ -305,20 +334,22 @@ def assistant_turns(transcript: str | Sequence[str] | Sequence[Mapping[str, Any]
         if parts and _END.search(transcript) and not _END.search(parts[-1]):
             del parts[-1]  # cut before its end
         return [_END.split(part, maxsplit=1)[0] for part in parts]
-    return [turn if isinstance(turn, str) else str(turn.get("content") or "") for turn in transcript
-            if isinstance(turn, str) or turn.get("role") == "assistant"]
+    return [
+        turn if isinstance(turn, str) else str(turn.get("content") or "")
+        for turn in transcript
+        if isinstance(turn, str) or turn.get("role") == "assistant"
+    ]
 
 
-def verify(response: str | Sequence[str] | Sequence[Mapping[str, Any]], spec: Mapping[str, Any],
-           world: World | None = None) -> Verdict:
+def verify(
+    response: str | Sequence[str] | Sequence[Mapping[str, Any]], spec: Mapping[str, Any], world: World | None = None
+) -> Verdict:
     """Score a finished transcript by running its calls again: what `Episode.verdict` said, from the text alone.
 
     The world comes from `spec["tables_dir"]` unless given; it is loaded once per process.
     """
     if world is None:
-        if not spec.get("tables_dir"):
-            raise InputError("agent: the row has no tables_dir; set agent.tables_dir")
-        world = load_world(spec["tables_dir"])
+        world = _world(spec)
     episode = Episode(spec, world)
     for text in assistant_turns(response):
         if episode.step(text).done:

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from m2rl.domains import agent
 from m2rl.domains.pool import VerifierPool
 from m2rl.rollout.carry import CarryOver, Group
 from m2rl.rollout.engine import Engine, Finished, Request, sample_seed
+from m2rl.rollout.multi_turn import Conversation
 from m2rl.rollout.sharing import Sharing
 from m2rl.types import Prompt, Sample
 
@@ -46,7 +48,7 @@ def collect(
     `sharing` says which prompts are this rank's; with `gather` every rank returns the samples of all. Draws depend on
     (seed, step, prompt id, sample index) alone, so the result does not depend on the number of ranks. Samples in
     `known`, by (prompt id, index), are not generated again; `on_sample` sees every other one of this rank as soon as it
-    is verified.
+    is verified. Agent prompts are conversations: their environment answers and judges here, between two polls.
 
     ahead: where ranks pull prompts, the requests that each keeps in flight. carry: the last groups may continue in the
     next call with the same object, whose result they then begin.
@@ -54,6 +56,7 @@ def collect(
     sharing = sharing or Sharing()
     known = known or {}
     groups: list[Group] = []
+    talks: dict[int, Conversation] = {}  # by request id: responses of several turns
     flying: list[tuple[Group, int]] = []  # by request id
     waiting: dict[int, Sample] = {}  # by request id, at the verifiers
     end_ids = set(tokenizer.all_special_ids)
@@ -63,7 +66,20 @@ def collect(
         groups.append(group)
         requests = []
         for i, sample in enumerate(group.samples):
-            if sample is None:
+            if sample is None and group.prompt.domain == "agent":
+                talks[len(flying)] = talk = Conversation(
+                    group.prompt,
+                    i,
+                    agent.episode(group.prompt.spec),
+                    tokenizer,  # type: ignore[arg-type]
+                    max_new_tokens=max_new_tokens,
+                    run_seed=seed,
+                    step=step,
+                    temperature=temperature,
+                )
+                requests.append(talk.request(len(flying)))
+                flying.append((group, i))
+            elif sample is None:
                 begun, name = group.begun.get(i), group.prompt.id
                 tokens = group.prompt.tokens
                 if begun is not None:
@@ -74,7 +90,20 @@ def collect(
         engine.submit(requests)
 
     def finish(finished: Finished) -> None:
+        nonlocal verified
         group, i = flying[finished.id]
+        if (talk := talks.get(finished.id)) is not None:
+            if finished.finish == "abort":
+                return  # begun again in the next step: its environment does not outlive this one
+            if not talk.take(finished):
+                engine.submit([talk.request(finished.id)])
+                return
+            group.samples[i] = sample = talk.sample()
+            verified += 1
+            if on_sample and i % sharing.members == sharing.member:
+                on_sample(sample)
+            count(group)
+            return
         whole = joined(group.begun.pop(i, None), finished)
         if whole.finish == "abort":
             group.begun[i] = whole
@@ -83,6 +112,9 @@ def collect(
         if i % sharing.members == sharing.member:  # ranks of one engine share the verification
             waiting[finished.id] = sample
             pool.submit(finished.id, sample.prompt.domain, sample.text, sample.prompt.spec)
+        count(group)
+
+    def count(group: Group) -> None:
         if group.complete and carry is not None:
             sharing.add("carried done" if group.place[0] != step else "new done")
 

@@ -1,5 +1,6 @@
 """Conversations: the token stream equals the template's rendering, the mask says who wrote what, many run at once."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterable
@@ -18,8 +19,10 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from m2rl.domains.agent import Episode, verify
+from m2rl.domains.pool import VerifierPool
 from m2rl.domains.workplace import load_world
 from m2rl.policy import Policy
+from m2rl.rollout.collect import collect
 from m2rl.rollout.engine import Finished, Request
 from m2rl.rollout.multi_turn import Conversation, environment_tokens, run_episodes
 from m2rl.rollout.native import NativeEngine
@@ -52,10 +55,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = ByteLevel()
     raw.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", END)])
-    raw.add_tokens([AddedToken(t, special=False, normalized=False) for t in (
-        "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token="<|endoftext|>",
-                                   chat_template=TEMPLATE)
+    raw.add_tokens(
+        [
+            AddedToken(t, special=False, normalized=False)
+            for t in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+        ]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=END, pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -89,9 +97,16 @@ class ScriptedEngine:
         out = []
         for id in done:
             request, tokens = self.flying.pop(id)
-            cut = tokens[:request.max_new_tokens]
-            out.append(Finished(id, cut, [-0.5 - 0.001 * i for i in range(len(cut))],
-                                "stop" if len(cut) == len(tokens) else "length", weight_version=3))
+            cut = tokens[: request.max_new_tokens]
+            out.append(
+                Finished(
+                    id,
+                    cut,
+                    [-0.5 - 0.001 * i for i in range(len(cut))],
+                    "stop" if len(cut) == len(tokens) else "length",
+                    weight_version=3,
+                )
+            )
         return out
 
     def cancel(self, ids: Iterable[int]) -> list[Finished]:
@@ -123,8 +138,13 @@ class Echo:
         if not self.left:
             return Seen(None, True)
         number = len(self.heard)
-        return Seen([{"role": "tool", "name": "a", "content": f"tool one, {number} é 日本" + "x" * self.long},
-                     {"role": "tool", "name": "b", "content": "[1, 2]"}], False)
+        return Seen(
+            [
+                {"role": "tool", "name": "a", "content": f"tool one, {number} é 日本" + "x" * self.long},
+                {"role": "tool", "name": "b", "content": "[1, 2]"},
+            ],
+            False,
+        )
 
     def verdict(self) -> Verdict:
         return Verdict(float(not self.left), "unparsed" if self.left else "ok", f"{len(self.heard)} turns")
@@ -140,17 +160,20 @@ def by_progress(tokenizer, prompt: Prompt, turns: list[str]):
     header = ids(tokenizer, "<|im_start|>assistant")
 
     def pick(request: Request) -> list[int]:
-        assert request.tokens[:len(prompt.tokens)] == prompt.tokens
-        rest = list(request.tokens[len(prompt.tokens):])
-        done = sum(rest[i:i + len(header)] == header for i in range(len(rest)))
+        assert request.tokens[: len(prompt.tokens)] == prompt.tokens
+        rest = list(request.tokens[len(prompt.tokens) :])
+        done = sum(rest[i : i + len(header)] == header for i in range(len(rest)))
         return ids(tokenizer, turns[done] + END)
 
     return pick
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Look it up to me."}]
-TURNS = ["<think>\nFirst.\n</think>\n\n<tool_call>\n{\"name\": \"a\"}\n</tool_call>", "Again tool toooool <tool_call>x",
-         "The answer is 4."]
+TURNS = [
+    '<think>\nFirst.\n</think>\n\n<tool_call>\n{"name": "a"}\n</tool_call>',
+    "Again tool toooool <tool_call>x",
+    "The answer is 4.",
+]
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -159,8 +182,17 @@ def test_every_context_is_what_the_template_renders(tokenizer, thinking: bool):
     prompt = make_prompt(tokenizer, "1", MESSAGES, **options)
     engine = ScriptedEngine(tokenizer, by_progress(tokenizer, prompt, TURNS))
     echo = Echo(3)
-    (sample,) = run_episodes(engine, [prompt], lambda p: echo, tokenizer, group_size=1, max_new_tokens=4000, run_seed=1,
-                             step=2, template_options=options)
+    (sample,) = run_episodes(
+        engine,
+        [prompt],
+        lambda p: echo,
+        tokenizer,
+        group_size=1,
+        max_new_tokens=4000,
+        run_seed=1,
+        step=2,
+        template_options=options,
+    )
     opening = "<think>\n" if thinking else ""  # written by the template: part of the prompt and the environment
     history = list(MESSAGES)
     for i, request in enumerate(engine.requests):
@@ -177,8 +209,9 @@ def test_every_context_is_what_the_template_renders(tokenizer, thinking: bool):
 def test_the_mask_marks_exactly_what_the_model_wrote(tokenizer):
     prompt = make_prompt(tokenizer, "1", MESSAGES)
     engine = ScriptedEngine(tokenizer, by_progress(tokenizer, prompt, TURNS))
-    (sample,) = run_episodes(engine, [prompt], lambda p: Echo(3), tokenizer, group_size=1, max_new_tokens=4000,
-                             run_seed=1, step=2)
+    (sample,) = run_episodes(
+        engine, [prompt], lambda p: Echo(3), tokenizer, group_size=1, max_new_tokens=4000, run_seed=1, step=2
+    )
     assert len(sample.tokens) == len(sample.mask) == len(sample.logp)
     model = [t for t, m in zip(sample.tokens, sample.mask, strict=True) if m]
     assert model == [t for turn in TURNS for t in ids(tokenizer, turn + END)]
@@ -186,7 +219,9 @@ def test_the_mask_marks_exactly_what_the_model_wrote(tokenizer):
     environment = tokenizer.decode([t for t, m in zip(sample.tokens, sample.mask, strict=True) if not m])
     assert environment == "".join(
         f"\n<|im_start|>user\n<tool_response>\ntool one, {i} é 日本\n</tool_response>\n<tool_response>\n[1, 2]\n"
-        "</tool_response><|im_end|>\n<|im_start|>assistant\n" for i in (1, 2))
+        "</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        for i in (1, 2)
+    )
     assert (sample.reward, sample.status, sample.detail) == (1.0, "ok", "3 turns")
     assert (sample.finish, sample.weight_version) == ("stop", 3)
 
@@ -197,10 +232,11 @@ def test_generated_tokens_are_never_tokenised_again(tokenizer):
     assert spelled != ids(tokenizer, "tool")
     prompt = make_prompt(tokenizer, "1", MESSAGES)
     engine = ScriptedEngine(tokenizer, lambda request: [*spelled, *ids(tokenizer, END)])
-    (sample,) = run_episodes(engine, [prompt], lambda p: Echo(2), tokenizer, group_size=1, max_new_tokens=4000,
-                             run_seed=1, step=2)
-    assert sample.tokens[:len(spelled)] == spelled
-    assert list(engine.requests[1].tokens[len(prompt.tokens):][:len(spelled)]) == spelled
+    (sample,) = run_episodes(
+        engine, [prompt], lambda p: Echo(2), tokenizer, group_size=1, max_new_tokens=4000, run_seed=1, step=2
+    )
+    assert sample.tokens[: len(spelled)] == spelled
+    assert list(engine.requests[1].tokens[len(prompt.tokens) :][: len(spelled)]) == spelled
 
 
 def test_an_end_of_turn_the_model_did_not_sample_is_the_environments(tokenizer):
@@ -217,8 +253,9 @@ def test_an_answer_that_holds_the_placeholder_is_no_trap(tokenizer):
     assert "stood-here!" in tokenizer.decode(environment_tokens(ids(tokenizer, f"Yes.{END}"), messages, tokenizer))
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}",
-                                      "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"]
+)
 def test_a_template_that_hides_or_repeats_turns_is_refused(template: str, tokenizer):
     class Odd:
         encode, decode = tokenizer.encode, tokenizer.decode
@@ -236,11 +273,20 @@ def test_the_budget_is_shared_by_model_and_environment(tokenizer):
 
     def play(budget: int, long: int = 0):
         engine = ScriptedEngine(tokenizer, lambda request: turn)
-        (sample,) = run_episodes(engine, [prompt], lambda p: Echo(9, long), tokenizer, group_size=1,
-                                 max_new_tokens=budget, run_seed=1, step=2)
+        (sample,) = run_episodes(
+            engine,
+            [prompt],
+            lambda p: Echo(9, long),
+            tokenizer,
+            group_size=1,
+            max_new_tokens=budget,
+            run_seed=1,
+            step=2,
+        )
         assert len(sample.tokens) <= budget
         assert [r.max_new_tokens for r in engine.requests] == [
-            budget - (len(r.tokens) - len(prompt.tokens)) for r in engine.requests]
+            budget - (len(r.tokens) - len(prompt.tokens)) for r in engine.requests
+        ]
         return sample, engine
 
     sample, engine = play(len(turn) + 10)  # no room for the tools' answers: they are not kept
@@ -261,14 +307,24 @@ def test_many_episodes_run_at_once_and_none_depends_on_the_order(tokenizer):
 
     def turns_of(request: Request) -> list[int]:
         for prompt in prompts:
-            if request.tokens[:len(prompt.tokens)] == prompt.tokens:
+            if request.tokens[: len(prompt.tokens)] == prompt.tokens:
                 return by_progress(tokenizer, prompt, texts[prompt.tokens])(request)
         raise AssertionError("a request that starts with no prompt")
 
     def run(order_seed: int):
         engine = ScriptedEngine(tokenizer, turns_of, order_seed)
-        samples = list(run_episodes(engine, prompts, lambda p: Echo(1 + int(p.id[6:]) % 5), tokenizer, group_size=16,
-                                    max_new_tokens=4000, run_seed=1, step=2))
+        samples = list(
+            run_episodes(
+                engine,
+                prompts,
+                lambda p: Echo(1 + int(p.id[6:]) % 5),
+                tokenizer,
+                group_size=16,
+                max_new_tokens=4000,
+                run_seed=1,
+                step=2,
+            )
+        )
         assert engine.most == 128
         assert engine.pending == 0
         return {(s.prompt.id, s.index): s for s in samples}, {r.seed for r in engine.requests}, len(engine.requests)
@@ -285,8 +341,18 @@ def test_many_episodes_run_at_once_and_none_depends_on_the_order(tokenizer):
 def test_single_turn_prompts_pass_through_unverified(tokenizer):
     prompts = [make_prompt(tokenizer, "1", MESSAGES), make_prompt(tokenizer, "2", MESSAGES)]
     engine = ScriptedEngine(tokenizer, lambda request: ids(tokenizer, TURNS[2] + END))
-    samples = list(run_episodes(engine, prompts, lambda p: Echo(1) if p.id == "agent/2" else None, tokenizer,
-                                group_size=2, max_new_tokens=100, run_seed=1, step=2))
+    samples = list(
+        run_episodes(
+            engine,
+            prompts,
+            lambda p: Echo(1) if p.id == "agent/2" else None,
+            tokenizer,
+            group_size=2,
+            max_new_tokens=100,
+            run_seed=1,
+            step=2,
+        )
+    )
     plain = [s for s in samples if s.prompt.id == "agent/1"]
     assert len(samples) == 4
     assert all(s.mask is None and s.reward != s.reward and s.status is None and s.text == TURNS[2] for s in plain)
@@ -296,8 +362,9 @@ def test_single_turn_prompts_pass_through_unverified(tokenizer):
 def test_closing_early_cancels_what_is_in_flight(tokenizer):
     prompt = make_prompt(tokenizer, "1", MESSAGES)
     engine = ScriptedEngine(tokenizer, lambda request: ids(tokenizer, END))
-    samples = run_episodes(engine, [prompt], lambda p: Echo(2), tokenizer, group_size=9, max_new_tokens=900, run_seed=1,
-                           step=2)
+    samples = run_episodes(
+        engine, [prompt], lambda p: Echo(2), tokenizer, group_size=9, max_new_tokens=900, run_seed=1, step=2
+    )
     next(samples)
     samples.close()
     assert engine.cancelled
@@ -336,8 +403,10 @@ def test_wrong_arguments_and_a_busy_engine_are_refused(tokenizer):
 def test_office_episodes_end_to_end(tokenizer, tmp_path: Path):
     world = load_world(office.write(tmp_path))
     call = {"name": "email_delete_email", "arguments": {"email_id": "00000001"}}
-    tools = [{"type": "function", "name": name, "parameters": {"properties": {}}} for name in
-             ("email_delete_email", "email_search_emails")]
+    tools = [
+        {"type": "function", "name": name, "parameters": {"properties": {}}}
+        for name in ("email_delete_email", "email_search_emails")
+    ]
     spec = {"tools": tools, "ground_truth": [call], "tables_dir": str(tmp_path)}
     messages = [{"role": "user", "content": "Delete my mail."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, tools=tools)
@@ -345,13 +414,65 @@ def test_office_episodes_end_to_end(tokenizer, tmp_path: Path):
     look = '<tool_call>{"name": "email_search_emails", "arguments": {}}</tool_call>'
     turns = ["<think>\nLook.\n</think>\n\n" + look, f"<tool_call>\n{json.dumps(call)}\n</tool_call>", "Deleted."]
     engine = ScriptedEngine(tokenizer, by_progress(tokenizer, prompt, turns))
-    samples = list(run_episodes(engine, [prompt], lambda p: Episode(p.spec, world), tokenizer, group_size=16,
-                                max_new_tokens=4000, run_seed=1, step=2))
+    samples = list(
+        run_episodes(
+            engine,
+            [prompt],
+            lambda p: Episode(p.spec, world),
+            tokenizer,
+            group_size=16,
+            max_new_tokens=4000,
+            run_seed=1,
+            step=2,
+        )
+    )
     assert [(s.reward, s.status) for s in samples] == [(1.0, "ok")] * 16
     assert "sender/recipient" in samples[0].text  # the mails it looked at
     assert text.count("<|im_start|>user") == 1  # the template was applied once
     assert "<|im_start|>system" not in samples[0].text
     assert verify(samples[0].text, spec) == Verdict(1.0, "ok", samples[0].detail)  # the text alone tells the same
+
+
+def test_collect_holds_conversations_where_the_domain_is_one(tokenizer, tmp_path: Path):
+    """Agent prompts and ordinary ones in one batch: the environment judges the first, the verifiers the second."""
+    office.write(tmp_path)
+    call = {"name": "email_delete_email", "arguments": {"email_id": "00000001"}}
+    tools = [{"type": "function", "name": "email_delete_email", "parameters": {"properties": {}}}]
+    spec = {"tools": tools, "ground_truth": [call], "tables_dir": str(tmp_path)}
+    agent_prompt = dataclasses.replace(
+        make_prompt(tokenizer, "a", [{"role": "user", "content": "Delete my mail."}], tools=tools),
+        domain="agent",
+        spec=spec,
+    )
+    sums = dataclasses.replace(
+        make_prompt(tokenizer, "m", [{"role": "user", "content": "1+1?"}]), domain="math", spec={"answer": "2"}
+    )
+    turns = by_progress(tokenizer, agent_prompt, [f"<tool_call>\n{json.dumps(call)}\n</tool_call>", "Deleted."])
+
+    def turns_of(request: Request) -> list[int]:
+        mine = request.tokens[: len(agent_prompt.tokens)] == agent_prompt.tokens
+        return turns(request) if mine else ids(tokenizer, "\\boxed{2}" + END)
+
+    seen = []
+    with VerifierPool(workers=1) as pool:
+        engine = ScriptedEngine(tokenizer, turns_of)
+        samples = collect(
+            engine,
+            pool,
+            tokenizer,
+            [agent_prompt, sums],
+            3,
+            seed=1,
+            step=2,
+            max_new_tokens=4000,
+            temperature=1.0,
+            on_sample=seen.append,
+        )
+    assert [s.prompt.domain for s in samples] == ["agent"] * 3 + ["math"] * 3
+    assert [(s.reward, s.status) for s in samples] == [(1.0, "ok")] * 6
+    assert len(seen) == 6 and len(engine.requests) == 3 * 2 + 3
+    assert all(not all(s.mask) for s in samples[:3]) and all(s.mask is None for s in samples[3:])
+    assert verify(samples[0].text, spec).reward == 1.0
 
 
 def test_the_trained_stream_is_the_context_the_engine_sampled_from(tokenizer):
@@ -362,15 +483,18 @@ def test_the_trained_stream_is_the_context_the_engine_sampled_from(tokenizer):
     engine = NativeEngine(model.config, torch.device("cpu"), torch.float32, 8, {tokenizer.eos_token_id})
     engine.sync(Policy(model), 5)
     prompts = [make_prompt(tokenizer, str(i), [{"role": "user", "content": f"Hi {i}"}]) for i in range(3)]
-    samples = list(run_episodes(engine, prompts, lambda p: Echo(4), tokenizer, group_size=6, max_new_tokens=350,
-                                run_seed=0, step=0))
+    samples = list(
+        run_episodes(
+            engine, prompts, lambda p: Echo(4), tokenizer, group_size=6, max_new_tokens=350, run_seed=0, step=0
+        )
+    )
     assert len(samples) == 18
     assert max(sum(a and not b for a, b in zip(s.mask, s.mask[1:], strict=False)) for s in samples) >= 2  # three turns
     for s in samples:
         start = len(s.prompt.tokens)
         stream = torch.tensor([[*s.prompt.tokens, *s.tokens]])
         with torch.no_grad():
-            logp = model(input_ids=stream).logits[0].log_softmax(-1)[start - 1:-1]
+            logp = model(input_ids=stream).logits[0].log_softmax(-1)[start - 1 : -1]
         want = logp.gather(1, stream[0, start:, None])[:, 0].numpy()
         mask = np.array(s.mask)
         np.testing.assert_allclose(np.array(s.logp)[mask], want[mask], atol=2e-5)
