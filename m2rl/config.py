@@ -61,6 +61,8 @@ class Domain:
     """Wraps the last user message."""
     think_gate: bool = False
     """Score 0 without `</think>`, and score only what follows the last one."""
+    teacher: str = ""
+    """Distillation only: folder of the model that this domain's prompts learn from."""
     preset: Literal["strict", "reference"] = "strict"
     """Scoring rules: ours, or the reference code's with its known defects (for comparison)."""
     tables_dir: str = ""
@@ -136,6 +138,13 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Distill:
+    divergence: Literal["sampled_reverse", "reverse", "forward"] = "sampled_reverse"
+    """sampled_reverse: log pi_teacher - log pi_student of the sampled tokens as the advantage (the paper's); reverse,
+    forward: KL(student || teacher), KL(teacher || student) over the whole vocabulary at every token."""
+
+
+@dataclass(frozen=True)
 class Optim:
     lr: float = 2e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -190,7 +199,7 @@ class Log:
 class Config:
     name: str = "run"
     """Names the run folder, runs/<name>, unless run_dir is given."""
-    algorithm: Literal["grpo", "sft"] = "grpo"
+    algorithm: Literal["grpo", "sft", "distill"] = "grpo"
     seed: int = 0
     """Every random draw derives from it."""
     run_dir: str = ""
@@ -209,6 +218,7 @@ class Config:
     domain: tuple[Domain, ...] = ()
     rollout: Rollout = field(default_factory=Rollout)
     objective: Objective = field(default_factory=Objective)
+    distill: Distill = field(default_factory=Distill)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -326,9 +336,14 @@ def check(config: Config, where: str) -> Config:
             raise InputError(f"{where}: {message}")
 
     r, o, t, opt = config.rollout, config.objective, config.train, config.optim
-    if config.algorithm == "grpo":
+    if config.algorithm == "distill":
+        need(bool(config.domain), "distillation needs a [[domain]] with a teacher for every domain")
+        for d in config.domain:
+            need(bool(d.teacher), f"domain {d.name}: distillation needs its teacher, the folder of a model")
+        need(o.updates_per_rollout == 1, "distillation makes one update per rollout: objective.updates_per_rollout = 1")
+    if config.algorithm != "sft":
         need(
-            r.group_size >= 2,
+            r.group_size >= 2 or config.algorithm == "distill",
             f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)",
         )
         need(r.prompts_per_step >= 1, f"rollout.prompts_per_step must be at least 1, got {r.prompts_per_step}")

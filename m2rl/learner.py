@@ -57,10 +57,11 @@ def make_bin(
     counts = np.array([int(r.trained.sum()) for r in chosen])
     spread: dict[str, np.ndarray] = {
         "weight": np.array([r.weight for r in chosen], np.float32),
-        "advantage": np.array([r.advantage for r in chosen], np.float32),
         "domain": np.array([r.domain for r in chosen], np.int64),
     }
     arrays = {k: np.repeat(v, counts) for k, v in spread.items()}
+    advantages = [np.broadcast_to(np.asarray(r.advantage, np.float32), n) for r, n in zip(chosen, counts)]
+    arrays["advantage"] = np.concatenate(advantages)
     for name in ("behaviour_logp", "old_logp", "ref_logp"):
         values = [getattr(r, name) for r in chosen]
         if all(v is not None for v in values):
@@ -136,7 +137,10 @@ class Learner:
 
     def step(self, rows: Sequence[TrainRow], objective: ObjectiveFn, step: int) -> StepStats:
         """One optimizer step on the sum of the rows' losses. A non-finite gradient updates nothing and is reported."""
-        totals = self.backward(rows, objective)
+        return self.update(self.backward(rows, objective), step)
+
+    def update(self, totals: Tensor, step: int) -> StepStats:
+        """AdamW on the accumulated gradient; `totals` are the added results of the `backward` calls that made it."""
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.optim.max_grad_norm or math.inf)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         skipped = not math.isfinite(grad_norm)
@@ -160,7 +164,12 @@ class Learner:
         for i, b in enumerate(bins):
             if isinstance(self.policy, FSDPModule):
                 self.policy.set_requires_gradient_sync(i == len(bins) - 1)
-            logp, entropy = self.policy(b.packed, b.rows, b.targets, self.temperature, objective.with_entropy)
+            if objective.teacher is None:
+                logp, entropy = self.policy(b.packed, b.rows, b.targets, self.temperature, objective.with_entropy)
+            else:
+                with torch.no_grad():
+                    target = objective.teacher.features(b.packed, b.rows)
+                logp, entropy = self.policy(b.packed, b.rows, target, self.temperature, direction=objective.direction)
             loss, stats = objective(logp, entropy, b.fields, len(self.domains))
             loss.backward()
             loss_sum += loss.detach()

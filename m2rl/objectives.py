@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from m2rl_kernels.policy_loss import STATS, policy_loss
 from torch import Tensor
 
 from m2rl.config import Objective
+from m2rl.policy import Policy
 from m2rl.types import Sample
 
 
@@ -30,7 +31,7 @@ class TrainRow:
     tokens: list[int]  # [L] prompt and response
     trained: np.ndarray  # [L] bool; the loss falls on these tokens as targets; never on the first
     weight: float  # of every trained token; the global denominator is inside
-    advantage: float
+    advantage: float | np.ndarray  # of the whole sample, or [trained] of each token
     domain: int  # index into the run's domains, for the metrics
     behaviour_logp: np.ndarray | None = None  # [trained] float32 nats, of the engine that sampled
     old_logp: np.ndarray | None = None  # [trained] float32, of the policy before the rollout's first update
@@ -135,7 +136,18 @@ def to_rows(
 class ObjectiveFn(Protocol):
     """What the learner differentiates: (loss, [segments, STATS] sums) of a bin's N trained tokens."""
 
-    with_entropy: ClassVar[bool]  # whether the policy's entropy has to be computed
+    @property
+    def with_entropy(self) -> bool:
+        """Whether the policy's entropy has to be computed."""
+        ...
+
+    @property
+    def teacher(self) -> Policy | None:
+        """If given, `logp` is the KL to it at every token, in `direction`."""
+        ...
+
+    @property
+    def direction(self) -> Literal["reverse", "forward"]: ...
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
@@ -147,8 +159,9 @@ class PolicyGradient:
     """The GRPO family: clipped ratios, truncated importance sampling, KL to a reference, entropy bonus."""
 
     options: Objective
-
-    with_entropy: ClassVar[bool] = True  # always a metric; its gradient is computed only when the bonus asks for it
+    teacher: Policy | None = None
+    direction: Literal["reverse", "forward"] = "reverse"
+    with_entropy: bool = True  # always a metric; its gradient is computed only when the bonus asks for it
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
@@ -180,7 +193,9 @@ class PolicyGradient:
 class Supervised:
     """SFT: weight_t * -log p(token_t)."""
 
-    with_entropy: ClassVar[bool] = False
+    teacher: Policy | None = None
+    direction: Literal["reverse", "forward"] = "reverse"
+    with_entropy: bool = False
 
     def __call__(
         self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
@@ -197,11 +212,37 @@ class Supervised:
         )
 
 
+@dataclass(frozen=True)
+class TeacherDivergence:
+    """Distillation over the whole vocabulary: weight_t * KL_t between the policy and a teacher."""
+
+    teacher: Policy | None
+    direction: Literal["reverse", "forward"]
+    with_entropy: bool = False
+
+    def __call__(
+        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+    ) -> tuple[Tensor, Tensor]:
+        """`logp` holds the divergences [N]: with advantage -1 the reinforce form is their weighted sum."""
+        minus_one = torch.full_like(fields["advantage"], -1.0)
+        return policy_loss(
+            logp,
+            None,
+            minus_one,
+            fields["weight"],
+            kind="reinforce",
+            tis_cap=None,
+            segment=fields["domain"],
+            n_segments=segments,
+        )
+
+
 __all__ = [
     "STATS",
     "GroupStats",
     "PolicyGradient",
     "Supervised",
+    "TeacherDivergence",
     "TrainRow",
     "group_stats",
     "to_rows",

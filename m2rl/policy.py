@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from m2rl_kernels.linear_kl import linear_kl
 from m2rl_kernels.linear_logprob import linear_logprob
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -111,6 +113,14 @@ AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a head makes a distribution of: hidden rows [N, H] and the head [V, H]."""
+
+    hidden: Tensor
+    head: Tensor
+
+
 class Policy(nn.Module):
     """One module for FSDP2 to shard: backbone, gather of scored rows, fused head."""
 
@@ -124,13 +134,34 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def forward(
-        self, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float = 1.0, with_entropy: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability (nats, float32) of targets_N after the tokens up to rows_N, and the entropy there."""
+        self,
+        packed: Packed,
+        rows_N: Tensor,
+        targets_N: Tensor | Features | None,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
+        direction: Literal["reverse", "forward"] = "reverse",
+    ) -> Any:
+        """What is wanted of the positions rows_N, by what `targets_N` is; one forward for FSDP to hook.
+
+        token ids [N]         (log-probability of each after the tokens up to its row, entropy or None); nats, float32
+        a teacher's Features  (KL [N] between this policy and the teacher, in `direction`, None)
+        None                  this policy's own Features
+        """
         hidden_NH, head_VH = self.hidden(packed)[rows_N], self.head
+        if targets_N is None:  # a sharded head is freed when the root's forward ends
+            return Features(hidden_NH, head_VH.clone() if isinstance(self, FSDPModule) else head_VH)
+        if isinstance(targets_N, Features):
+            kl_N = linear_kl(
+                hidden_NH, head_VH, targets_N.hidden, targets_N.head, direction=direction, temperature=temperature
+            )
+            return kl_N, None
         if not with_entropy:
             return linear_logprob(hidden_NH, head_VH, targets_N, temperature=temperature), None
         return linear_logprob(hidden_NH, head_VH, targets_N, temperature=temperature, return_entropy=True)
+
+    def features(self, packed: Packed, rows_N: Tensor) -> Features:
+        return self(packed, rows_N, None)
 
     def hidden(self, packed: Packed) -> Tensor:
         backbone = self.model.get_decoder()
@@ -207,6 +238,22 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return policy
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, folder: str | Path) -> None:
+    """Write another checkpoint of the same architecture into a (sharded) policy, in place; InputError if it differs."""
+    theirs = {name.removesuffix(".weight"): p for name, p in load_model(folder).named_parameters()}
+    mine = {
+        name.replace("_checkpoint_wrapped_module.", "").removesuffix(".weight"): p
+        for name, p in policy.model.named_parameters()
+    }
+    wrong = sorted(theirs.keys() ^ mine.keys()) or [n for n in mine if theirs[n].shape != mine[n].shape]
+    if wrong:
+        raise InputError(f"{folder}: another architecture than the policy's, first difference at {wrong[0]}")
+    for name, p in mine.items():
+        full = theirs[name].to(p.device)
+        p.copy_(distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full)
 
 
 def full_parameters(policy: Policy) -> dict[str, Tensor]:

@@ -1,0 +1,124 @@
+"""Distillation: the gradients against autograd of the exact divergence, and the command with one teacher per domain."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from commands import torchrun
+
+from m2rl import checkpoint
+from m2rl.config import Objective, Optim
+from m2rl.learner import Learner
+from m2rl.objectives import PolicyGradient, TeacherDivergence
+from m2rl.policy import ATTENTION, Policy, load_weights
+from m2rl.train import main
+from m2rl.types import InputError
+
+
+def learner(tokens_per_bin=1000):
+    return Learner(Policy(tiny.model(attention=ATTENTION)), Optim(lr=1e-3), 10, tokens_per_bin, ["a", "b"])
+
+
+def teacher():
+    return Policy(tiny.model(attention=ATTENTION, seed=7)).requires_grad_(False)
+
+
+def exact(rows, direction):
+    """(divergence summed by weight, gradient) in float64, one sequence at a time, from the whole distributions."""
+    student, target = tiny.model().double(), tiny.model(seed=7).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for r in rows:
+        at = torch.from_numpy(np.flatnonzero(r.trained)) - 1
+        p = student(input_ids=torch.tensor([r.tokens])).logits[0, at].log_softmax(-1)
+        q = target(input_ids=torch.tensor([r.tokens])).logits[0, at].log_softmax(-1).detach()
+        kl = (p.exp() * (p - q)).sum(-1) if direction == "reverse" else (q.exp() * (q - p)).sum(-1)
+        total = total + r.weight * kl.sum()
+    total.backward()
+    return float(total.detach()), torch.cat([p.grad.flatten() for p in student.parameters()])
+
+
+@pytest.mark.parametrize("tokens_per_bin", [1000, 40])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_full_vocabulary_gradient_is_that_of_the_exact_divergence(direction, tokens_per_bin):
+    rows = tiny.rows()
+    made = learner(tokens_per_bin)
+    totals = made.backward(rows, TeacherDivergence(teacher(), direction))
+    value, gradient = exact(rows, direction)
+    got = torch.cat([p.grad.flatten() for p in made.policy.parameters()]).double()
+    assert float(totals[0]) == pytest.approx(value, rel=1e-4)
+    assert (got - gradient).norm() / gradient.norm() < 1e-5
+
+
+def test_sampled_reverse_kl_has_the_divergences_gradient_in_expectation():
+    """One trained position whose token is enumerated: the expectation over it is exact, not sampled."""
+    tokens = tiny.sequences((9,))[0]
+    row = tiny.rows((9,))[0]
+    row.trained = np.arange(9) == 8
+    row.tokens, row.weight = tokens, 1.0
+    _, want = exact([row], "reverse")
+    made, target = learner(), teacher()
+    p = tiny.model()(input_ids=torch.tensor([tokens])).logits[0, 7].softmax(-1).detach()
+    total = torch.zeros_like(want)
+    for token in range(tiny.VOCAB):
+        row.tokens = [*tokens[:8], token]
+        row.behaviour_logp = np.log(p[token : token + 1].numpy())
+        row.advantage = made.score([row], target)[0] - row.behaviour_logp
+        made.backward([row], PolicyGradient(Objective(loss="reinforce", tis_cap=0.0)))
+        total += float(p[token]) * torch.cat([q.grad.flatten() for q in made.policy.parameters()]).double()
+        made.optimizer.zero_grad(set_to_none=True)
+    assert (total - want).norm() / want.norm() < 1e-4
+
+
+def test_teachers_are_written_in_place_and_another_architecture_is_refused(tmp_path):
+    tiny.model(seed=7).save_pretrained(tmp_path / "same")
+    tiny.model(tied=False, seed=7).save_pretrained(tmp_path / "untied")
+    tiny.model(vocab=50, seed=7).save_pretrained(tmp_path / "vocabulary")
+    policy = Policy(tiny.model(attention=ATTENTION))
+    addresses = [p.data_ptr() for p in policy.parameters()]
+    load_weights(policy, tmp_path / "same")
+    assert [p.data_ptr() for p in policy.parameters()] == addresses
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), tiny.model(seed=7).parameters()))
+    for other in ("untied", "vocabulary"):
+        with pytest.raises(InputError, match="another architecture"):
+            load_weights(policy, tmp_path / other)
+
+
+def user_toml(folder, divergence, **teachers):
+    domains = "".join(f'[[domain]]\nname = "{d}"\nquota = 2\nteacher = "{t}"\n' for d, t in teachers.items())
+    (folder / "my.toml").write_text(
+        f'name = "distilled"\nalgorithm = "distill"\nrun_dir = "{folder / "run"}"\n[model]\npath = "{folder / "model"}"\n'
+        f'[data]\neval = ["procedural"]\n{domains}[rollout]\nprompts_per_step = 4\ngroup_size = 32\nmax_prompt_tokens = 40\n'
+        'max_new_tokens = 24\n[objective]\naggregation = "domain"\n[optim]\nlr = 1e-3\n[train]\nsteps = 6\n'
+        f'tokens_per_bin = 4000\n[evaluation]\nk = 2\nproblems = 4\n[distill]\ndivergence = "{divergence}"\n'
+    )
+    return str(folder / "my.toml")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    from m2rl import embedded
+
+    for seed, name in enumerate(("model", "math_teacher", "if_teacher")):
+        embedded.save(tmp_path / name, seed)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("divergence", "ranks"), [("sampled_reverse", 1), ("forward", 2)])
+def test_the_command_distills_each_domains_teacher(folders, divergence, ranks):
+    config = user_toml(folders, divergence, math=folders / "math_teacher", **{"if": folders / "if_teacher"})
+    done = torchrun("-m", "m2rl.train", "--config", config, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folders / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in lines if "loss" in m]
+    assert len(steps) == 6
+    name = "reverse_kl" if divergence == "sampled_reverse" else f"{divergence}_kl"
+    assert all(m[f"{d}/token_mass"] == pytest.approx(0.5) for m in steps for d in ("math", "if"))
+    assert steps[-1][f"math/{name}"] < steps[0][f"math/{name}"]
+    assert checkpoint.complete(folders / "run")
+
+
+def test_a_domain_without_a_teacher_is_an_error(folders):
+    with pytest.raises(InputError, match="domain math: distillation needs its teacher"):
+        main(["--config", user_toml(folders, "reverse", math="")])
