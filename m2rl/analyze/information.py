@@ -58,28 +58,25 @@ def budget(
 ) -> dict[str, float]:
     """One model on one domain: P prompts with nats and tokens per response and the two models' mean rewards."""
     P = len(nats_P)
-
-    def numbers(weight_P: np.ndarray) -> dict[str, float]:
-        nats, p, q = (float(weight_P @ v / P) for v in (nats_P, accuracy_P, base_P))
-        needed = bernoulli_kl(inside(p, samples), inside(q, samples))
-        return {
-            "nats": nats,
-            "gain": p - q,
-            "needed": needed,
-            "efficiency": needed / nats if nats > 0 else float("nan"),
-            "gain_per_nat": (p - q) / nats if nats > 0 else float("nan"),
-            "bits_per_token": nats / math.log(2) / max(float(weight_P @ tokens_P / P), 1e-300),
-            "pinsker": math.sqrt(max(nats, 0) / 2),
-        }
-
-    out = numbers(np.ones(P))
     rng = np.random.default_rng(seed)
-    drawn = [numbers(w.astype(np.float64)) for w in rng.multinomial(P, np.full(P, 1 / P), size=resamples)]
+    weights_BP = np.concatenate([np.ones((1, P)), rng.multinomial(P, np.full(P, 1 / P), size=resamples)])
+    nats, tokens, p, q = (weights_BP @ v / P for v in (nats_P, tokens_P, accuracy_P, base_P))  # [1 + resamples]
+    needed = np.array([bernoulli_kl(inside(x, samples), inside(y, samples)) for x, y in zip(p, q)])
+    moved = np.where(nats > 0, nats, np.nan)
+    values = {
+        "nats": nats,
+        "gain": p - q,
+        "needed": needed,
+        "efficiency": needed / moved,
+        "gain_per_nat": (p - q) / moved,
+        "bits_per_token": nats / math.log(2) / np.maximum(tokens, 1e-300),
+        "pinsker": np.sqrt(np.maximum(nats, 0) / 2),
+    }
+    out = {key: float(v[0]) for key, v in values.items()}
     for key in ("nats", "gain", "efficiency", "gain_per_nat"):
-        values = [d[key] for d in drawn if math.isfinite(d[key])]
-        out[f"{key}_low"], out[f"{key}_high"] = (
-            (float(v) for v in np.quantile(values, [0.025, 0.975])) if values else (float("nan"),) * 2
-        )
+        drawn = values[key][1:][np.isfinite(values[key][1:])]
+        low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (float("nan"),) * 2
+        out[f"{key}_low"], out[f"{key}_high"] = float(low), float(high)
     return out
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2rl.benchmarks import Benchmark
 from m2rl.data import read_records
 from m2rl.evaluate import Evaluator, Weights
 from m2rl.types import InputError, Prompt, Sample
@@ -126,9 +128,20 @@ def sample_models(
         path = Path(folder) / f"{name}.jsonl" if folder is not None else None
         if path is not None and path.is_file():
             out[name] = read_samples(path)
+            _check_same(path, out[name], found)
             continue
         evaluator.take(weights)
         out[name] = [s for b in found for s in evaluator.samples(b, seed=seed)]
         if path is not None:
             write_samples(path, out[name], name)
     return out
+
+
+def _check_same(path: Path, samples: Sequence[Sample], found: Sequence[Benchmark]) -> None:
+    have = Counter(s.prompt.id for s in samples)
+    wanted = {p.id: b.k for b in found for p in b.prompts}
+    if have != wanted:
+        raise InputError(
+            f"{path}: {len(samples)} samples of {len(have)} prompts, not the {sum(wanted.values())} of {len(wanted)} "
+            "that are asked for: name another --samples folder, or the --k, --problems and --benchmarks of this one"
+        )

@@ -6,7 +6,7 @@
     p_yes        score(y) = P(yes) / (P(yes) + P(no)) after a question that shows problem and answer (for models that
                  can be asked; instead of the outcome score)
 
-    AUROC              P(score of a right response > score of a wrong one), ties one half
+    AUROC              P(score of a right response > score of a wrong one of the same domain), ties one half
     balanced accuracy  (TPR + TNR) / 2 at the threshold that is best on the other half of the problems (two-fold)
     locus              a response is called wrong when its worst step scores below a threshold (chosen in the same way);
                        the locus of the first error is the first such step. Where steps are sums like "7-3=4", the true
@@ -24,7 +24,6 @@ definitions are ours.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,15 +48,20 @@ QUESTION = "{problem}\n\nProposed answer: {answer}\n\nIs the proposed answer cor
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def auroc(scores_S: np.ndarray, right_S: np.ndarray) -> float:
-    """P(right scores above wrong) + P(tie) / 2, by ranks; NaN without both kinds."""
+def auroc(scores_S: np.ndarray, right_S: np.ndarray, strata_S: np.ndarray | None = None) -> float:
+    """P(right scores above wrong) + P(tie) / 2, by ranks; NaN without both kinds. With strata (integers), over pairs
+    inside a stratum: levels of log-probability differ between domains and must not count."""
     scores, right = np.asarray(scores_S, np.float64), np.asarray(right_S, bool)
-    n_right, n_wrong = int(right.sum()), int((~right).sum())
-    if not n_right or not n_wrong:
-        return float("nan")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each distinct score
-    return float((rank[inverse][right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+    strata = np.zeros(len(right), np.int64) if strata_S is None else strata_S
+    won, pairs = 0.0, 0
+    for stratum in np.unique(strata):
+        inside = strata == stratum
+        n_right, n_wrong = int(right[inside].sum()), int((~right[inside]).sum())
+        _, inverse, counts = np.unique(scores[inside], return_inverse=True, return_counts=True)
+        rank = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each distinct score
+        won += float(rank[inverse][right[inside]].sum()) - n_right * (n_right + 1) / 2
+        pairs += n_right * n_wrong
+    return won / pairs if pairs else float("nan")
 
 
 def best_threshold(scores_S: np.ndarray, right_S: np.ndarray) -> float:
@@ -97,33 +101,64 @@ def thresholds(scores_S: np.ndarray, right_S: np.ndarray, problems: Sequence[str
     return out
 
 
+def auroc_resamples(
+    scores_S: np.ndarray,
+    right_S: np.ndarray,
+    problems: Sequence[str],
+    strata_S: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> np.ndarray:
+    """[<= resamples] AUROCs of resampled problems; those without pairs are left out. With c the times each problem was
+    drawn, U = c' W c and pairs = c' N c, where W and N hold the wins and the counts between two problems' responses."""
+    order = {p: i for i, p in enumerate(dict.fromkeys(problems))}
+    index = np.array([order[p] for p in problems], dtype=np.int64)
+    P = len(order)
+    counts_BP = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), size=resamples).astype(np.float64)
+    won_B, pairs_B = np.zeros(resamples), np.zeros(resamples)
+    for stratum in np.unique(strata_S):
+        r, w = (np.flatnonzero((strata_S == stratum) & (right_S == kind)) for kind in (True, False))
+        if not len(r) or not len(w):
+            continue
+        right_PR, wrong_WP = np.zeros((P, len(r))), np.zeros((len(w), P))
+        right_PR[index[r], np.arange(len(r))] = 1
+        wrong_WP[np.arange(len(w)), index[w]] = 1
+        wins_RW = (scores_S[r][:, None] > scores_S[w]) + 0.5 * (scores_S[r][:, None] == scores_S[w])
+        won_B += ((counts_BP @ (right_PR @ wins_RW @ wrong_WP)) * counts_BP).sum(1)
+        pairs_B += (counts_BP @ right_PR.sum(1)) * (counts_BP @ wrong_WP.sum(0))
+    return won_B[pairs_B > 0] / pairs_B[pairs_B > 0]
+
+
 def discrimination(
-    scores_S: np.ndarray, right_S: np.ndarray, problems: Sequence[str], *, seed: int = 0, resamples: int = RESAMPLES
+    scores_S: np.ndarray,
+    right_S: np.ndarray,
+    problems: Sequence[str],
+    domains: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> dict[str, float]:
-    """AUROC with a 95% interval that resamples problems, two-fold balanced accuracy, and the counts."""
+    """AUROC with a 95% interval that resamples problems, two-fold balanced accuracy, and the counts. Responses of
+    several domains are compared, and their thresholds chosen, inside each domain."""
     scores, right = np.asarray(scores_S, np.float64), np.asarray(right_S, bool)
-    threshold = thresholds(scores, right, problems)
+    strata = np.unique(list(domains or ["all"] * len(right)), return_inverse=True)[1]
+    threshold = np.full(len(right), np.nan)
+    for stratum in np.unique(strata):
+        inside = np.flatnonzero(strata == stratum)
+        threshold[inside] = thresholds(scores[inside], right[inside], [problems[i] for i in inside])
     known = ~np.isnan(threshold)
-    groups: dict[str, list[int]] = {}
-    for i, p in enumerate(problems):
-        groups.setdefault(p, []).append(i)
-    members = [np.array(g) for g in groups.values()]
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples if right.any() and not right.all() else 0):
-        index = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
-        value = auroc(scores[index], right[index])
-        if not math.isnan(value):
-            drawn.append(value)
-    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (float("nan"),) * 2
+    drawn = auroc_resamples(scores, right, problems, strata, seed=seed, resamples=resamples)
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (float("nan"),) * 2
+    known = ~np.isnan(threshold)
     return {
-        "auroc": auroc(scores, right),
+        "auroc": auroc(scores, right, strata),
         "auroc_low": float(low),
         "auroc_high": float(high),
         "balanced_accuracy": balanced_accuracy((scores >= threshold)[known], right[known]),
         "responses": len(right),
         "right": int(right.sum()),
-        "problems": len(members),
+        "problems": len(set(problems)),
     }
 
 
@@ -360,7 +395,9 @@ def trajectory(points: Mapping[int, Scores], *, seed: int = 0, resamples: int = 
                 {
                     "step": step,
                     "kind": kind,
-                    **discrimination(values, scores.right, scores.problems, seed=seed, resamples=resamples),
+                    **discrimination(
+                        values, scores.right, scores.problems, scores.domains, seed=seed, resamples=resamples
+                    ),
                 }
             )
     return rows
@@ -400,11 +437,14 @@ def analyze(
                         "self": v == a,
                         "domain": domain,
                         "score": kind,
-                        **discrimination(of_kind, part.right, part.problems, seed=seed, resamples=resamples),
+                        **discrimination(
+                            of_kind, part.right, part.problems, part.domains, seed=seed, resamples=resamples
+                        ),
                         "answers": float(part.is_answer.mean()) if kind == "outcome" else None,
                     }
                 )
-            loci.append({"verifier": v, "author": a, "domain": domain, **locus(part, [texts[a][i] for i in index])})
+            if domain != "all":  # a threshold is of one domain
+                loci.append({"verifier": v, "author": a, "domain": domain, **locus(part, [texts[a][i] for i in index])})
     verifiers, authors = (list(dict.fromkeys(pair[k] for pair in scores)) for k in (0, 1))
     horizon = next(iter(scores.values())).process.shape[1]
 
@@ -482,8 +522,8 @@ def analyze(
             "`answers` is the share of responses that have a final answer, the rest are scored whole",
             "process@h": "mean log-probability per token (nats) of the first h steps; a step is a non-empty line, or "
             "a word where the response has one line",
-            "auroc": "probability that a right response scores above a wrong one, ties one half; 95% interval over "
-            "problems",
+            "auroc": "probability that a right response scores above a wrong one, ties one half; pairs of one "
+            "domain only; 95% interval over problems",
             "balanced_accuracy": "(TPR + TNR) / 2, threshold chosen on the other half of the problems",
             "locus": "first step below the threshold that parts right from wrong responses by their worst step; "
             "`exact` compares with the first false integer sum where the steps are sums, `chance` is a random step",

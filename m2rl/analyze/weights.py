@@ -327,13 +327,9 @@ def analyze(stats: WeightStats, *, base: str = "base") -> Analysis:
     drawn = [
         figures.heat_map("cosine", "Cosine of updates", cosine, names, names),
         figures.heat_map("projected", f"Cosine after random projection to {size} dimensions", projected, names, names),
-        figures.heat_map(
-            "signs", "Sign agreement of elements that both changed", whole.sign_agreement[0], names, names
-        ),
+        figures.heat_map("signs", "Sign agreement where both changed", whole.sign_agreement[0], names, names),
         *(
-            figures.heat_map(
-                f"overlap-{c}", f"Overlap of footprints over its expectation ({c})", matrix(f"lift_{c}"), names, names
-            )
+            figures.heat_map(f"overlap-{c}", f"Overlap over its expectation ({c})", matrix(f"lift_{c}"), names, names)
             for c in CRITERIA
         ),
         figures.bars(
@@ -379,14 +375,14 @@ def analyze(stats: WeightStats, *, base: str = "base") -> Analysis:
             "changed_nonzero": "share of elements with w != base, as stored",
             "changed_bf16": "share of elements whose bfloat16 value differs from the base's",
             "changed_relative": f"share of elements with |w - base| > {ETA:g} max(|w|, |base|)",
-            "changed_large": f"share of elements with |w - base| >= 2^e, per tensor and model the least e that leaves at "
-            f"most {LARGE_SHARE:.0%}",
+            "changed_large": f"share of elements with |w - base| >= 2^e, per tensor and model the least e that "
+            f"leaves at most {LARGE_SHARE:.0%}",
             "norm": "Euclidean norm of the update; relative_norm: over the base's norm",
-            "rank": "effective rank exp(entropy of sigma / sum sigma), stable rank sum sigma^2 / max sigma^2, means over "
-            "the matrices of a group whose spectra were taken",
+            "rank": "effective rank exp(entropy of sigma / sum sigma), stable rank sum sigma^2 / max sigma^2, means "
+            "over the matrices of a group whose spectra were taken",
             "cosine": "inner product of two updates over the product of their norms, exact",
-            "projected": f"the same after a count sketch of the whole update to {size} dimensions; standard deviation at "
-            f"most sqrt((1 + cosine^2) / {size})",
+            "projected": f"the same after a count sketch of the whole update to {size} dimensions; standard deviation "
+            f"at most sqrt((1 + cosine^2) / {size})",
             "sign_agreement": "of the elements changed in both models, the share changed in the same direction",
             "jaccard": "|A and B| / |A or B| of the two footprints",
             "overlap": "|A and B| / min(|A|, |B|)",
