@@ -15,6 +15,7 @@ The nine of arXiv 2602.12566, and the embedded domains, which are generated. K i
 
 from __future__ import annotations
 
+import argparse
 import base64
 import dataclasses
 import difflib
@@ -24,6 +25,7 @@ import json
 import pickle
 import random
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,13 +319,9 @@ def load(
     encoder = Encoder(tokenizer, [dataclasses.replace(d, prompt_template="{prompt}") for d in config.domain])
     prompts, seen, left_out = [], set[str](), dict[str, int]()
     for where, record in _records(files([data_file]) if data_file else preset.download()):
-        try:
-            problem = preset.row(record, seed)
-            if isinstance(problem, Problem):
-                check_spec(problem.domain, problem.spec)
-                problem = _outside(problem, seen, lcb_window) or problem
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{where}: not a row of {name}: {error}") from None
+        problem = _problem(name, record, where, seed)
+        if isinstance(problem, Problem):
+            problem = _outside(problem, seen, lcb_window) or problem
         if isinstance(problem, str):
             left_out[problem] = left_out.get(problem, 0) + 1
             continue
@@ -350,6 +348,16 @@ def load(
             f"{config.rollout.max_prompt_tokens}"
         )
     return Benchmark(name, tuple(prompts), k or preset.k, e.temperature, budget, tuple(notes))
+
+
+def _problem(name: str, record: Mapping[str, Any], where: str, seed: int) -> Problem | str:
+    try:
+        problem = PRESETS[name].row(record, seed)
+        if isinstance(problem, Problem):
+            check_spec(problem.domain, problem.spec)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: not a row of {name}: {error}") from None
+    return problem
 
 
 def _outside(problem: Problem, seen: set[str], window: tuple[str, str] | None) -> str | None:
@@ -399,3 +407,34 @@ def vote(text: str) -> str | None:
         return None
     found = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", found)
     return re.sub(r"[\s$*_,.;()]|\\[,;! ]", "", found).lower() or None
+
+
+# ---- command -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a benchmark's problems as plain rows, which `data.eval` of a training run reads."""
+    parser = argparse.ArgumentParser(prog="python -m m2rl.benchmarks", description=main.__doc__)
+    parser.add_argument("name", choices=[*PRESETS])
+    parser.add_argument("--out", required=True, help="a .jsonl file")
+    parser.add_argument("--data-file", default="", help="rows from here (a file or glob), not the hub")
+    parser.add_argument("--seed", type=int, default=0, help="of GPQA's option order")
+    o = parser.parse_args(argv)
+    rows = dict[str, dict[str, Any]]()
+    for where, record in _records(files([o.data_file]) if o.data_file else PRESETS[o.name].download()):
+        problem = _problem(o.name, record, where, o.seed)
+        if isinstance(problem, Problem):
+            head = {"id": f"{o.name}/{problem.id}", "domain": problem.domain, "prompt": problem.prompt}
+            rows[problem.id] = head | problem.spec
+    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(o.out).write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    print(f"{o.out}  {len(rows)} problems of {o.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"m2rl: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -10,8 +10,8 @@ import benchmark_rows
 import pytest
 
 from m2rl import benchmarks, embedded
-from m2rl.config import Config, Domain, Rollout
-from m2rl.data import hub
+from m2rl.config import Config, Data, Domain, Evaluation, Rollout
+from m2rl.data import eval_prompts, hub
 from m2rl.domains import verify
 from m2rl.domains.pool import VerifierPool
 from m2rl.types import InputError, Sample
@@ -123,6 +123,19 @@ def test_lcb_windows_by_contest_date(tmp_path):
     assert "contest dates 2025-02-01 to 2025-05-01: 1 problems" in made.notes
     with pytest.raises(InputError, match=r"no problem in .*outside the window"):
         load("lcb_v6", tmp_path, lcb_window=("1999-01-01", "1999-12-31"))
+
+
+def test_a_benchmark_becomes_rows_that_training_evaluates_on(tmp_path, capsys):
+    (tmp_path / "gpqa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in benchmark_rows.gpqa()))
+    out = tmp_path / "eval" / "gpqa_diamond.jsonl"
+    assert benchmarks.main(["gpqa_diamond", "--data-file", str(tmp_path / "gpqa.jsonl"), "--out", str(out)]) == 0
+    assert "6 problems of gpqa_diamond" in capsys.readouterr().out
+    config = Config(data=Data(eval=(str(out),)), evaluation=Evaluation(problems=4))
+    held_out = eval_prompts(config, TOKENIZER)
+    assert [p.id for p in held_out] == [f"science/gpqa_diamond/rec{i}" for i in range(4)]
+    assert [p.spec["answer"] for p in held_out] == [
+        p.spec["answer"] for p in load("gpqa_diamond", tmp_path).prompts[:4]
+    ]
 
 
 class Hostile:
