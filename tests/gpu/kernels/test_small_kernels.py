@@ -1,4 +1,4 @@
-"""policy_loss, group_advantages and packing on a GPU: against the CPU paths and float64, repeatable, no synchronisation."""
+"""policy_loss, group_advantages and packing on a GPU: against the CPU paths and float64, repeatable, never waiting."""
 
 import pytest
 import torch
