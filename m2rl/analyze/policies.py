@@ -29,7 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from m2rl_kernels import linear_kl, linear_logprob, plan_packing
+from m2rl_kernels import plan_packing
+from m2rl_kernels.linear_kl import linear_kl
+from m2rl_kernels.linear_logprob import linear_logprob
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 

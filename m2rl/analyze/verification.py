@@ -146,7 +146,7 @@ def discrimination(
     threshold = np.full(len(right), np.nan)
     for stratum in np.unique(strata):
         inside = np.flatnonzero(strata == stratum)
-        threshold[inside] = thresholds(scores[inside], right[inside], [problems[i] for i in inside])
+        threshold[inside] = thresholds(scores[inside], right[inside], [problems[int(i)] for i in inside])
     known = ~np.isnan(threshold)
     drawn = auroc_resamples(scores, right, problems, strata, seed=seed, resamples=resamples)
     low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (float("nan"),) * 2

@@ -33,8 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from m2rl_kernels import count_sketch, delta_stats
-from m2rl_kernels.delta_stats import DeltaStats, concatenate
+from m2rl_kernels.delta_stats import DeltaStats, concatenate, count_sketch, delta_stats
 from torch import Tensor
 
 from m2rl.analyze import figures

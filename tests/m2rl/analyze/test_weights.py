@@ -204,6 +204,10 @@ def test_the_large_threshold_is_the_least_power_of_two():
     exponents[0, [0, 100, 101, 102]] = 50, 30, 15, 5
     exponents[1, 0] = 100
     assert large_exponents(exponents).tolist() == [102, 1]
+    exponents[0, [101, 102]] = 15, 10  # 10 of 105, then exactly 10 of 100
+    exponents[0, 0] = 45
+    assert large_exponents(exponents)[0] == 102
+    assert large_exponents(exponents, 0.25)[0] == 101
 
 
 def test_names_of_layers_and_modules():
