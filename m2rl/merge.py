@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -411,6 +412,25 @@ class Progress:
             print(file=sys.stderr)
 
 
+@contextlib.contextmanager
+def small_footprint(inputs: Inputs, interval_s: float = 0.02) -> Iterator[None]:
+    """Unmap what was read, every `interval_s`: resident memory stays near bandwidth * interval, whatever the models."""
+    done = threading.Event()
+
+    def unmap() -> None:
+        while not done.wait(interval_s):
+            for checkpoint in inputs.all:
+                checkpoint.release_all()
+
+    worker = threading.Thread(target=unmap, daemon=True)
+    worker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        worker.join()
+
+
 def stream(
     inputs: Inputs, outputs: Sequence[Output], *, threads: int = 0, progress: bool | None = None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
@@ -762,7 +782,8 @@ def merge_many(
                     inputs, chosen, folder, dtype=dtype, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite
                 )
             )
-        summaries = stream(inputs, outputs, threads=threads, progress=progress)
+        with small_footprint(inputs):
+            summaries = stream(inputs, outputs, threads=threads, progress=progress)
         for output, summary in zip(outputs, summaries):
             finish(inputs, output, summary, dtype=dtype, overwrite=overwrite, sync=sync)
     except InputError:
