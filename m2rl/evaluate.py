@@ -334,7 +334,7 @@ class SampleLog:
                     continue  # the last line of a killed process; a problem that is not asked for now
                 if row["prompt"] != fingerprint(prompt.tokens):
                     raise InputError(
-                        f"{path}: sample {row['sample']} of {prompt.id} answers another prompt: name another --out"
+                        f"{path}: sample {row['sample']} of {prompt.id!r} answers another prompt: name another --out"
                     )
                 reward = float("nan") if row["reward"] is None else row["reward"]
                 self.known[prompt.id, row["sample"]] = Sample(

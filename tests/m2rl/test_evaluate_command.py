@@ -173,7 +173,7 @@ def test_other_settings_do_not_mix_with_the_samples_of_a_folder(done, models, tm
     odd = tmp_path / "mine" / "math"
     odd.mkdir(parents=True)
     (odd / "samples.0.jsonl").write_text(json.dumps(line | {"prompt": "0"}) + "\n")
-    with pytest.raises(InputError, match=r"samples.0.jsonl: sample 0 of math/.* answers another prompt"):
+    with pytest.raises(InputError, match=r"samples.0.jsonl: sample [01] of .math/.* answers another prompt"):
         main([*arguments(models, tmp_path), "--benchmarks", "math"])
     with pytest.raises(InputError, match=r"other settings \(seed\)"):
         main([*arguments(models, out), "--seed", "7"])
