@@ -33,24 +33,12 @@ class Bin:
     members: list[int]  # indices into the step's rows
 
 
-def make_bin(
-    rows: Sequence[TrainRow], members: Sequence[int], device: torch.device, temperature_field: bool = False
-) -> Bin:
-    """Lay the member rows end to end. A bin without members holds one token of weight 0, so that every rank runs it."""
-    chosen = [rows[i] for i in members]
-    if not chosen:
-        chosen = [
-            TrainRow(
-                [0, 0],
-                np.array([False, True]),
-                0.0,
-                0.0,
-                0,
-                np.zeros(1, np.float32),
-                np.zeros(1, np.float32),
-                np.zeros(1, np.float32),
-            )
-        ]
+def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.device) -> Bin:
+    """Lay the member rows end to end. A bin without members holds one token of weight 0 that counts in no domain, so
+    that every rank runs it."""
+    zero = np.zeros(1, np.float32)
+    nothing = TrainRow([0, 0], np.array([False, True]), 0.0, 0.0, -1, zero, zero, zero)
+    chosen = [rows[i] for i in members] or [nothing]
     packed = Packed.of([r.tokens for r in chosen], device)
     trained = np.concatenate([r.trained for r in chosen])
     position = np.flatnonzero(trained)
