@@ -95,7 +95,7 @@ def _undressed(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """A plain number: digits with or without thousands separators, a decimal, a quotient, a \\frac of two integers."""
-    text = text.replace("{,}", ",").replace("\\!", "").strip("$ ")
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "").strip("$ ")
     if found := _FRACTION.match(text):
         top, bottom = int(found.group(2)), int(found.group(3))
     elif found := _NUMBER.match(text):

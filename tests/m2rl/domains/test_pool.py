@@ -177,6 +177,19 @@ def test_a_message_larger_than_any_pipe():
     assert [v.status for v in verdicts(tasks).values()] == ["ok"] * 3
 
 
+def test_submit_does_not_wait_for_a_worker_that_does_not_read():
+    with VerifierPool() as pool:
+        worker = pool._workers[0].process.pid
+        os.kill(worker, signal.SIGSTOP)
+        before = signal.signal(signal.SIGALRM, lambda *_: os.kill(worker, signal.SIGCONT))  # a write that waits, ends
+        signal.alarm(20)
+        pool.submit(0, "math", "x" * 3_000_000 + "\\boxed{1}", {"answer": "1"})
+        assert signal.alarm(0) > 0, "submit waited"
+        signal.signal(signal.SIGALRM, before)
+        os.kill(worker, signal.SIGCONT)
+        assert pool.drain()[0][1].status == "ok"
+
+
 def test_no_process_outlives_the_pool(own_domain):
     with VerifierPool(2) as pool:
         pool.submit(0, "code", "```python\nprint(input())\n```", {"tests": {"inputs": ["1"], "outputs": ["1"]}})
@@ -189,7 +202,7 @@ def test_no_process_outlives_the_pool(own_domain):
     wait_until(lambda: not alive(started))
 
 
-def test_no_process_outlives_a_killed_parent(tmp_path):
+def test_no_process_outlives_a_killed_parent(own_domain, tmp_path):
     program = tmp_path / "parent.py"
     program.write_text(
         textwrap.dedent(
@@ -200,7 +213,8 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
                 pool = VerifierPool(2)
                 pool.submit(0, "code", "```python\\nprint(1)\\n```", {"tests": {"inputs": [""], "outputs": ["1"]}})
                 pool.drain()
-                pool.submit(1, "math", "\\\\boxed{(1+x)^{9999}}", {"answer": "y"})
+                pool.submit(1, "odd", "", {"do": "spin"})  # its worker will not look at its pipes
+                pool.poll(1.0)
                 print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
                 time.sleep(60)
             """
