@@ -233,7 +233,8 @@ class Box:
 
     def _start(self) -> None:
         readable, level = _readable(), self.level
-        scratch = {"bwrap": _SCRATCH, "namespaces": _mount_point(readable)}.get(level, "")
+        self.folder = tempfile.mkdtemp(prefix="m2rl-") if level == "trusted" else ""
+        scratch = {"bwrap": _SCRATCH, "namespaces": _mount_point(readable)}.get(level, self.folder)
         machine = platform.machine()
         known = level != "trusted" or machine in seccomp.machines()
         code, pid_offsets = seccomp.program(machine) if known else (b"", [])
@@ -263,6 +264,7 @@ class Box:
                 stderr=subprocess.PIPE,
                 env=_environment(scratch or "/"),
                 cwd="/",
+                start_new_session=level == "trusted",  # the other levels end with their owner's process group
             )
         try:
             ready = self._receive(START_S)
@@ -367,6 +369,8 @@ class Box:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         self.control.close()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
         if self.process.stderr is not None:
             self.process.stderr.close()
 

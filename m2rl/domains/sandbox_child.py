@@ -266,7 +266,7 @@ def serve(config):
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1 << 16, 4)
         if not message:
-            os._exit(0)
+            leave(config)
         limits = json.loads(message)
         if "kill" in limits:  # came too late
             continue
@@ -321,7 +321,7 @@ def run(limits, config, fds, control):
             message = control.recv(1 << 16)
             if not message:
                 kill(pid)
-                os._exit(0)
+                leave(config)
             end = json.loads(message)["kill"]
             break
         cpu_s = time.clock_gettime(clock)
@@ -344,6 +344,14 @@ def kill(pid):
             send_signal(pid, signal.SIGKILL)
 
 
+def leave(config):
+    """The owner is gone."""
+    if config["level"] == "trusted":
+        sweep(config["scratch"])
+        os.rmdir(config["scratch"])
+    os._exit(0)
+
+
 def sweep(scratch):
     """Remove what a program left; what cannot be removed ends this process, and the tmpfs with it."""
     if os.listdir(scratch):
@@ -358,7 +366,8 @@ def main():
     config["filter"] = bytes.fromhex(config["filter"])
     config["prelude"] = {}
     sys.path += config["packages"]
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if config["level"] != "trusted":  # it tidies up first, when its socket closes
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if config["parent"] and os.getppid() != config["parent"]:
         os._exit(0)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

@@ -1,10 +1,12 @@
 """Every isolation level: what a program gets, what ends it, and that nothing of it stays."""
 
+import glob
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -141,6 +143,13 @@ def test_a_program_draws_the_same_numbers_every_time(best):
     assert len({best.run(source, stdin="").out for _ in range(3)}) == 1
 
 
+def test_the_trusted_level_works_in_a_folder_that_goes_with_it():
+    with Box("trusted") as box:
+        assert box.run("open('note', 'w').write('1'); import os; print(os.getcwd())", stdin="").out == box.folder + "\n"
+        assert box.run("import os; print(os.listdir())", stdin="").out == "[]\n"
+    assert not os.path.exists(box.folder)
+
+
 def test_a_dead_warm_process_is_replaced(best):
     best.process.kill()
     with pytest.raises(BoxDied):
@@ -171,9 +180,12 @@ def test_nothing_survives_the_owner_killed_in_the_middle_of_a_program(box):
     while len(pids := [p.pid for p in descendants(owner.pid)]) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(pids) >= 2
+    folders = set(glob.glob(f"{tempfile.gettempdir()}/m2rl-*"))
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
     wait_gone(pids)
+    if box.level == "trusted":
+        assert folders - set(glob.glob(f"{tempfile.gettempdir()}/m2rl-*"))  # its scratch folder went as well
 
 
 def wait_gone(pids, timeout_s=20):
@@ -244,9 +256,12 @@ for attempt in (connect, read, write, kill):
         print(attempt.__name__)
     except OSError:
         pass
+ready, tell = os.pipe()
 if os.fork() == 0:
     os.setsid()
+    os.write(tell, b"1")
     while True: pass
+os.read(ready, 1)
 """
     with Box(level) as box, server:
         before = len(descendants(box.process.pid))
