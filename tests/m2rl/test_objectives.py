@@ -252,7 +252,7 @@ def test_a_bin_without_members_counts_for_nothing():
     assert float(loss) == 0
     assert not stats.any()
     assert not gradient(made).any()
-    assert made.bins([]) == []
+    assert all(not b.members for b in made.bins([]))
 
 
 def test_train_row_is_plain_data():
