@@ -59,7 +59,7 @@ def task(i: int) -> tuple[str, str, dict, set[str]]:
     if kind < 0.6:
         return domain, problem.good, dict(problem.spec), {"ok"}
     if kind < 0.9:
-        return domain, "nothing here", dict(problem.spec), {"wrong", "unparsed"}
+        return domain, "nothing", dict(problem.spec), {"wrong", "unparsed"}
     return domain, rng.randbytes(200).decode("latin-1"), dict(problem.spec), {"wrong", "unparsed"}
 
 

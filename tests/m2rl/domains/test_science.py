@@ -30,6 +30,7 @@ ADVERSARIAL = [  # sentences whose every answer|option|choice tempts a loose rul
     ("Answer: A. Wait, that is wrong.\nAnswer: B", "B"),
     ("Option C is correct? No. The answer is D.", "D"),
     ("I am sure. A is tempting; the answer is B.", "B"),
+    ("I think the answer is B. No wait, the answer is D.", "D"),
     ("The answer is not A.", None),
     ("The answer is A or B.", None),
     ("The answer is a matter of taste.", None),
