@@ -44,8 +44,9 @@ def run(G, size, rounds=None):
         return {"adv": torch.cat([(p - p.mean()) / (p.std() + 1e-6) for p in parts])}
 
     found = {"ours": lambda: {"adv": group_advantages(rewards, offsets).adv}, "TRL formula": trl, "loop": loop}
-    rows = protocol.compare("group_advantages", {"groups": G, "size": size}, found, oracle,
-                            copy_of(9 * G * size, device), rounds=rounds)
+    rows = protocol.compare(
+        "group_advantages", {"groups": G, "size": size}, found, oracle, copy_of(9 * G * size, device), rounds=rounds
+    )
     return rows, found["ours"]
 
 

@@ -66,8 +66,9 @@ def run_plan(sequences, max_tokens=16384, world_size=8, rounds=None):
         "heap": lambda: as_dict(longest_to_least_busy(lengths, max_tokens, world_size)),
     }
     case = {"sequences": sequences, "max_tokens": max_tokens, "world_size": world_size}
-    rows = protocol.compare("plan_packing", case, found, {"imbalance": torch.zeros(1)},
-                            lambda: (np.sort(lengths), {})[1], rounds=rounds)
+    rows = protocol.compare(
+        "plan_packing", case, found, {"imbalance": torch.zeros(1)}, lambda: (np.sort(lengths), {})[1], rounds=rounds
+    )
     return rows, found["ours"]
 
 

@@ -37,12 +37,19 @@ def parameters(name: str) -> dict[str, tuple[int, ...]]:
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, H)}
     for i in range(layers):
         p = f"model.layers.{i}."
-        out |= {p + "self_attn.q_proj.weight": (q, H), p + "self_attn.k_proj.weight": (kv, H),
-                p + "self_attn.v_proj.weight": (kv, H), p + "self_attn.o_proj.weight": (H, q),
-                p + "self_attn.q_norm.weight": (128,), p + "self_attn.k_norm.weight": (128,),
-                p + "mlp.gate_proj.weight": (inner, H), p + "mlp.up_proj.weight": (inner, H),
-                p + "mlp.down_proj.weight": (H, inner), p + "input_layernorm.weight": (H,),
-                p + "post_attention_layernorm.weight": (H,)}
+        out |= {
+            p + "self_attn.q_proj.weight": (q, H),
+            p + "self_attn.k_proj.weight": (kv, H),
+            p + "self_attn.v_proj.weight": (kv, H),
+            p + "self_attn.o_proj.weight": (H, q),
+            p + "self_attn.q_norm.weight": (128,),
+            p + "self_attn.k_norm.weight": (128,),
+            p + "mlp.gate_proj.weight": (inner, H),
+            p + "mlp.up_proj.weight": (inner, H),
+            p + "mlp.down_proj.weight": (H, inner),
+            p + "input_layernorm.weight": (H,),
+            p + "post_attention_layernorm.weight": (H,),
+        }
     return out | {"model.norm.weight": (H,)}
 
 
@@ -107,7 +114,11 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(protocol.device_name(), protocol.versions())
-    table = [row for name in shapes(options.full) for dtype in (torch.float32, torch.bfloat16)
-             for row in run(name, dtype, 15)[0]]
+    table = [
+        row
+        for name in shapes(options.full)
+        for dtype in (torch.float32, torch.bfloat16)
+        for row in run(name, dtype, 15)[0]
+    ]
     if options.out:
         protocol.save(options.out, table, "python " + " ".join(sys.argv))

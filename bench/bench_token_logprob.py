@@ -78,8 +78,15 @@ def run(N, V, mode, full=False, rounds=None):
     source = logits.detach()
     target = torch.empty_like(source)
     case = {"mode": mode, "N": N, "V": V, "dtype": str(dtype).removeprefix("torch.")}
-    rows = protocol.compare("token_logprob", case, found, oracle, lambda: (target.copy_(source), {})[1],
-                            floor_scale=0.5 if mode == "forward" else 1.5, rounds=rounds)  # a copy reads and writes
+    rows = protocol.compare(
+        "token_logprob",
+        case,
+        found,
+        oracle,
+        lambda: (target.copy_(source), {})[1],
+        floor_scale=0.5 if mode == "forward" else 1.5,
+        rounds=rounds,
+    )  # a copy reads and writes
     return rows, found["ours"]
 
 

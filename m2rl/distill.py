@@ -6,8 +6,8 @@
     or L_t   = KL(student || teacher), KL(teacher || student)        over the whole vocabulary
 
 Teachers are frozen checkpoints streamed one after another through one further set of weights and the learner's own
-packed forward; there is no server. Rewards are verified for the log only. `objective.aggregation = "domain"` gives every domain
-the same token mass; each step reports the mass per domain.
+packed forward; there is no server. Rewards are verified for the log only. `objective.aggregation = "domain"` gives
+every domain the same token mass; each step reports the mass per domain.
 Source: the reference's multi-teacher script (reverse KL as advantage, no baseline); GKD, arXiv 2306.13649.
 """
 

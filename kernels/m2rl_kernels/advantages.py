@@ -32,8 +32,15 @@ class Advantages(NamedTuple):
     token_adv: Tensor | None = None  # [T] adv of each token's sample, when cu_seqlens was given
 
 
-def group_advantages(rewards: Tensor, group_offsets: Tensor, mode: str = "grpo", eps: float = 1e-6,
-                     cu_seqlens: Tensor | None = None, *, total_tokens: int | None = None) -> Advantages:
+def group_advantages(
+    rewards: Tensor,
+    group_offsets: Tensor,
+    mode: str = "grpo",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    *,
+    total_tokens: int | None = None,
+) -> Advantages:
     """Advantages of samples that lie group by group: group g is rewards[group_offsets[g]:group_offsets[g + 1]].
 
     rewards [S] float32 or float64; NaN = missing. group_offsets [G+1] int32 or int64, rising from 0 to S; a group may
@@ -46,8 +53,9 @@ def group_advantages(rewards: Tensor, group_offsets: Tensor, mode: str = "grpo",
     _check(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens)
     if cu_seqlens is not None and total_tokens is None:
         total_tokens = int(cu_seqlens[-1])
-    adv, mean, std, live, token_adv = group_advantages_op(rewards, group_offsets, mode, float(eps), cu_seqlens,
-                                                          total_tokens or 0)
+    adv, mean, std, live, token_adv = group_advantages_op(
+        rewards, group_offsets, mode, float(eps), cu_seqlens, total_tokens or 0
+    )
     return Advantages(adv, mean, std, live, None if cu_seqlens is None else token_adv)
 
 
@@ -78,34 +86,45 @@ def _require(condition, message) -> None:
 
 
 def _check(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens) -> None:
-    _require(rewards.dim() == 1 and rewards.dtype in (torch.float32, torch.float64),
-             lambda: f"rewards must be float32 or float64 [S], got {rewards.dtype} {list(rewards.shape)}")
+    _require(
+        rewards.dim() == 1 and rewards.dtype in (torch.float32, torch.float64),
+        lambda: f"rewards must be float32 or float64 [S], got {rewards.dtype} {list(rewards.shape)}",
+    )
     _require(mode in MODES, lambda: f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     _require(eps >= 0, lambda: f"eps must be at least 0, got {eps}")
     _offsets("group_offsets", group_offsets, rewards.device, last=len(rewards))
     if cu_seqlens is not None:
-        _require(len(cu_seqlens) == len(rewards) + 1,
-                 lambda: f"cu_seqlens must have S+1 = {len(rewards) + 1} entries, got {list(cu_seqlens.shape)}")
+        _require(
+            len(cu_seqlens) == len(rewards) + 1,
+            lambda: f"cu_seqlens must have S+1 = {len(rewards) + 1} entries, got {list(cu_seqlens.shape)}",
+        )
         _offsets("cu_seqlens", cu_seqlens, rewards.device, last=total_tokens)
     _require(total_tokens is None or total_tokens >= 0, lambda: f"total_tokens must be at least 0, got {total_tokens}")
 
 
 def _offsets(name: str, x: Tensor, device: torch.device, last: int | None) -> None:
-    _require(x.dim() == 1 and len(x) >= 1 and x.dtype in (torch.int32, torch.int64),
-             lambda: f"{name} must be int32 or int64 with at least one entry, got {x.dtype} {list(x.shape)}")
+    _require(
+        x.dim() == 1 and len(x) >= 1 and x.dtype in (torch.int32, torch.int64),
+        lambda: f"{name} must be int32 or int64 with at least one entry, got {x.dtype} {list(x.shape)}",
+    )
     _require(x.device == device, lambda: f"{name} must be on the device of rewards, {device}, got {x.device}")
     if not x.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
-        _require(int(x[0]) == 0 and bool((x.diff() >= 0).all()) and (last is None or int(x[-1]) == last),
-                 lambda: f"{name} must rise from 0 to {'the end' if last is None else last}, got "
-                         f"{x[:4].tolist()} ... {x[-4:].tolist()}")
+        _require(
+            int(x[0]) == 0 and bool((x.diff() >= 0).all()) and (last is None or int(x[-1]) == last),
+            lambda: (
+                f"{name} must rise from 0 to {'the end' if last is None else last}, got "
+                f"{x[:4].tolist()} ... {x[-4:].tolist()}"
+            ),
+        )
 
 
 # ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("m2rl::group_advantages", mutates_args=())
-def group_advantages_op(rewards: Tensor, group_offsets: Tensor, mode: str, eps: float, cu_seqlens: Tensor | None,
-                        total_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def group_advantages_op(
+    rewards: Tensor, group_offsets: Tensor, mode: str, eps: float, cu_seqlens: Tensor | None, total_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(adv, mean, std, live, token_adv); token_adv is empty without cu_seqlens."""
     if rewards.is_cuda:
         from m2rl_kernels.advantages_triton import group_advantages_triton
@@ -117,9 +136,13 @@ def group_advantages_op(rewards: Tensor, group_offsets: Tensor, mode: str, eps: 
 @group_advantages_op.register_fake
 def _(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens):
     G = group_offsets.shape[0] - 1
-    return (rewards.new_empty(rewards.shape), rewards.new_empty(G), rewards.new_empty(G),
-            rewards.new_empty(rewards.shape, dtype=torch.bool),
-            rewards.new_empty(total_tokens if cu_seqlens is not None else 0))
+    return (
+        rewards.new_empty(rewards.shape),
+        rewards.new_empty(G),
+        rewards.new_empty(G),
+        rewards.new_empty(rewards.shape, dtype=torch.bool),
+        rewards.new_empty(total_tokens if cu_seqlens is not None else 0),
+    )
 
 
 # ---- CPU -------------------------------------------------------------------------------------------------------------

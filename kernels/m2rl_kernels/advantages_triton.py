@@ -45,8 +45,22 @@ def batch_std_kernel(rewards, out, S, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def group_advantages_kernel(rewards, offsets, cu_seqlens, batch_std, adv, mean_out, std_out, live, token_adv, eps,
-                            MODE: tl.constexpr, BROADCAST: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+def group_advantages_kernel(
+    rewards,
+    offsets,
+    cu_seqlens,
+    batch_std,
+    adv,
+    mean_out,
+    std_out,
+    live,
+    token_adv,
+    eps,
+    MODE: tl.constexpr,
+    BROADCAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     group, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin, end = tl.load(offsets + group).to(tl.int64), tl.load(offsets + group + 1).to(tl.int64)
     count, mean, std, span = _moments(rewards, begin, end, BLOCK)
@@ -91,6 +105,20 @@ def group_advantages_triton(rewards, group_offsets, mode, eps, cu_seqlens, total
         batch_std_kernel[(1,)](rewards, batch, S, BLOCK=1024, num_warps=8)
     grid = (G, 1 if cu_seqlens is None else TOKEN_PROGRAMS)
     group_advantages_kernel[grid](
-        rewards, group_offsets, mean if cu_seqlens is None else cu_seqlens.contiguous(), batch, adv, mean, std, live,
-        token_adv, eps, MODE=mode, BROADCAST=cu_seqlens is not None, BLOCK=BLOCK, TOKENS=TOKENS, num_warps=NUM_WARPS)
+        rewards,
+        group_offsets,
+        mean if cu_seqlens is None else cu_seqlens.contiguous(),
+        batch,
+        adv,
+        mean,
+        std,
+        live,
+        token_adv,
+        eps,
+        MODE=mode,
+        BROADCAST=cu_seqlens is not None,
+        BLOCK=BLOCK,
+        TOKENS=TOKENS,
+        num_warps=NUM_WARPS,
+    )
     return adv, mean, std, live, token_adv

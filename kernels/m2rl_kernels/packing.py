@@ -120,8 +120,9 @@ class PackPlan:
         return float(self.bin_costs.max(0).sum() / mean) if mean > 0 else 1.0
 
 
-def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int, world_size: int = 1,
-                 cost: tuple[float, float] = (1.0, 0.0)) -> PackPlan:
+def plan_packing(
+    lengths: Sequence[int] | np.ndarray, max_tokens: int, world_size: int = 1, cost: tuple[float, float] = (1.0, 0.0)
+) -> PackPlan:
     """Bins of at most max_tokens tokens for every rank, see above. On the host, deterministic.
 
     lengths [S]: tokens of each sequence, at least 0. cost = (a, b): a * l + b * l^2 per sequence, any unit, neither
@@ -131,20 +132,27 @@ def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int, world_siz
     ValueError names the argument, the rule and the value: also for a sequence longer than max_tokens.
     """
     lengths = np.asarray(lengths)
-    _require(lengths.ndim == 1 and (lengths.size == 0 or lengths.dtype.kind in "iu"),
-             lambda: f"lengths must be integers [S], got {lengths.dtype} {list(lengths.shape)}")
+    _require(
+        lengths.ndim == 1 and (lengths.size == 0 or lengths.dtype.kind in "iu"),
+        lambda: f"lengths must be integers [S], got {lengths.dtype} {list(lengths.shape)}",
+    )
     lengths = lengths.astype(np.int64)
-    _require(0 < max_tokens < 2**31,
-             lambda: f"max_tokens must be in [1, 2^31), as cu_seqlens is int32, got {max_tokens}")
+    _require(
+        0 < max_tokens < 2**31, lambda: f"max_tokens must be in [1, 2^31), as cu_seqlens is int32, got {max_tokens}"
+    )
     _require(lengths.size < 2**31, lambda: f"lengths must have fewer than 2^31 entries, got {lengths.size}")
     _require(world_size >= 1, lambda: f"world_size must be at least 1, got {world_size}")
-    _require(len(cost) == 2 and all(0 <= c < float("inf") for c in cost),
-             lambda: f"cost must be two finite numbers (a, b), neither negative, got {cost}")
+    _require(
+        len(cost) == 2 and all(0 <= c < float("inf") for c in cost),
+        lambda: f"cost must be two finite numbers (a, b), neither negative, got {cost}",
+    )
     wrong = np.flatnonzero((lengths > max_tokens) | (lengths < 0))
     if wrong.size:
         i = wrong[0]
-        raise ValueError(f"lengths must be in [0, max_tokens] = [0, {max_tokens}], got {lengths[i]} at index {i}"
-                         + (f", and {wrong.size - 1} more" if wrong.size > 1 else ""))
+        raise ValueError(
+            f"lengths must be in [0, max_tokens] = [0, {max_tokens}], got {lengths[i]} at index {i}"
+            + (f", and {wrong.size - 1} more" if wrong.size > 1 else "")
+        )
     order, offsets = plan_packing_cpu(lengths, int(max_tokens), world_size, sequence_costs(lengths, cost))
     return PackPlan(lengths, order, offsets, world_size, int(max_tokens), (float(cost[0]), float(cost[1])))
 
@@ -155,8 +163,9 @@ def sequence_costs(lengths: np.ndarray, cost: tuple[float, float]) -> np.ndarray
     return cost[0] * l + cost[1] * l * l
 
 
-def plan_packing_ref(lengths: np.ndarray, max_tokens: int, world_size: int,
-                     costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def plan_packing_ref(
+    lengths: np.ndarray, max_tokens: int, world_size: int, costs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The three steps, as (order, bin_offsets). Of bins with equal room, best fit takes the one last put there."""
     longest_first = np.argsort(-lengths, kind="stable").tolist()
     fit: list[list[int]] = []  # step 1
@@ -177,12 +186,15 @@ def plan_packing_ref(lengths: np.ndarray, max_tokens: int, world_size: int,
         more_ranks, more_imbalance = _to_ranks(more, costs, world_size)
         bins, ranks = (more, more_ranks) if more_imbalance < imbalance else (bins, ranks)
     dealt = [sorted(bins[k]) for r in ranks for k in r]
-    return (np.array([i for b in dealt for i in b], dtype=np.int64),
-            np.concatenate([[0], np.cumsum([len(b) for b in dealt])]).astype(np.int64))
+    return (
+        np.array([i for b in dealt for i in b], dtype=np.int64),
+        np.concatenate([[0], np.cumsum([len(b) for b in dealt])]).astype(np.int64),
+    )
 
 
-def _deal(longest_first: Sequence[int], lengths: np.ndarray, costs: np.ndarray, K: int,
-          max_tokens: int) -> list[list[int]] | None:
+def _deal(
+    longest_first: Sequence[int], lengths: np.ndarray, costs: np.ndarray, K: int, max_tokens: int
+) -> list[list[int]] | None:
     """Each sequence to the bin of least cost with room; None when one finds no room."""
     bins: list[list[int]] = [[] for _ in range(K)]
     rooms, loads = [max_tokens] * K, [0.0] * K
@@ -210,15 +222,24 @@ def _to_ranks(bins: list[list[int]], costs: np.ndarray, world_size: int) -> tupl
     return ranks, max(busy) * world_size / sum(busy) if sum(busy) > 0 else 1.0
 
 
-def plan_packing_cpu(lengths: np.ndarray, max_tokens: int, world_size: int,
-                     costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def plan_packing_cpu(
+    lengths: np.ndarray, max_tokens: int, world_size: int, costs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The same decisions in C++."""
     order, offsets = np.empty(len(lengths), np.int64), np.empty(len(lengths) + 2 * world_size + 1, np.int64)
     lengths, costs = np.ascontiguousarray(lengths), np.ascontiguousarray(costs)
     plan = native.cpu().m2rl_plan_packing
     plan.restype = ctypes.c_int64
-    K = plan(_address(lengths), _address(costs), ctypes.c_int64(len(lengths)), ctypes.c_int64(max_tokens),
-             ctypes.c_int64(world_size), ctypes.c_double(TOLERANCE), _address(order), _address(offsets))
+    K = plan(
+        _address(lengths),
+        _address(costs),
+        ctypes.c_int64(len(lengths)),
+        ctypes.c_int64(max_tokens),
+        ctypes.c_int64(world_size),
+        ctypes.c_double(TOLERANCE),
+        _address(order),
+        _address(offsets),
+    )
     return order, offsets[: K + 1].copy()
 
 
@@ -234,8 +255,9 @@ def _require(condition, message) -> None:
 # ---- moving tokens ---------------------------------------------------------------------------------------------------
 
 
-def pack(plan_bin: PackBin, *, shift: Sequence[str] = (), ignore_index: int = -100,
-         **fields: Tensor) -> dict[str, Tensor]:
+def pack(
+    plan_bin: PackBin, *, shift: Sequence[str] = (), ignore_index: int = -100, **fields: Tensor
+) -> dict[str, Tensor]:
     """The bin's tokens of every field, sequence after sequence: name -> [T, ...], on the field's device.
 
     fields: each [T_all, ...] contiguous, on one device: all sequences of the plan in order of index. Integer fields
@@ -248,10 +270,12 @@ def pack(plan_bin: PackBin, *, shift: Sequence[str] = (), ignore_index: int = -1
     for name, x in fields.items():
         _check_field(name, x, needed, "all tokens of the plan")
     for name in shift:
-        _require(name in fields, lambda: f"shift must name fields, got {name!r}, not among {sorted(fields)}")  # noqa: B023
+        _require(name in fields, lambda: f"shift must name fields, got {name!r}, not among {sorted(fields)}")
         x = fields[name]
-        _require(x.dim() == 1 and not x.is_floating_point(),
-                 lambda: f"{name} must be integers [T_all] to be shifted, got {x.dtype} {list(x.shape)}")  # noqa: B023
+        _require(
+            x.dim() == 1 and not x.is_floating_point(),
+            lambda: f"{name} must be integers [T_all] to be shifted, got {x.dtype} {list(x.shape)}",
+        )
     out = {name: x.new_empty(plan_bin.tokens, *x.shape[1:]) for name, x in fields.items()}
     _move(plan_bin, [(fields[n], out[n], n in shift) for n in fields], ignore_index, packing=True)
     return out
@@ -261,12 +285,16 @@ def unpack(plan_bin: PackBin, out: Mapping[str, Tensor], **fields: Tensor) -> Ma
     """The inverse of pack: writes each field's [T, ...] to the bin's places in out[name] [T_all, ...]. Returns out."""
     needed = int((plan_bin.starts + plan_bin.lengths).max(initial=0))
     for name, x in fields.items():
-        _require(name in out, lambda: f"out must hold a tensor for {name!r}, got {sorted(out)}")  # noqa: B023
+        _require(name in out, lambda: f"out must hold a tensor for {name!r}, got {sorted(out)}")
         _check_field(f"out[{name!r}]", out[name], needed, "all tokens of the plan")
         _check_field(name, x, plan_bin.tokens, "the bin's tokens")
-        _require(x.dtype == out[name].dtype and x.shape[1:] == out[name].shape[1:] and len(x) == plan_bin.tokens,
-                 lambda: f"{name} must be {out[name].dtype} {[plan_bin.tokens, *out[name].shape[1:]]}, "  # noqa: B023
-                         f"got {x.dtype} {list(x.shape)}")  # noqa: B023
+        _require(
+            x.dtype == out[name].dtype and x.shape[1:] == out[name].shape[1:] and len(x) == plan_bin.tokens,
+            lambda: (
+                f"{name} must be {out[name].dtype} {[plan_bin.tokens, *out[name].shape[1:]]}, "
+                f"got {x.dtype} {list(x.shape)}"
+            ),
+        )
     _move(plan_bin, [(fields[n], out[n], False) for n in fields], 0, packing=False)
     return out
 
@@ -280,8 +308,9 @@ def pack_ref(plan_bin: PackBin, x: Tensor, shifted: bool = False, ignore_index: 
 
 
 def _check_field(name: str, x: Tensor, rows: int, what: str) -> None:
-    _require(x.dim() >= 1 and len(x) >= rows,
-             lambda: f"{name} must have at least {rows} rows, {what}, got {list(x.shape)}")
+    _require(
+        x.dim() >= 1 and len(x) >= rows, lambda: f"{name} must have at least {rows} rows, {what}, got {list(x.shape)}"
+    )
     _require(x.is_contiguous(), lambda: f"{name} must be contiguous, got strides {x.stride()} for {list(x.shape)}")
 
 
@@ -291,25 +320,35 @@ def _move(plan_bin: PackBin, moves: list[tuple[Tensor, Tensor, bool]], fill: int
         return
     device = moves[0][0].device
     for src, dst, _ in moves:
-        _require(src.device == device and dst.device == device,
-                 lambda: f"fields must be on one device, {device}, got {src.device} and {dst.device}")  # noqa: B023
+        _require(
+            src.device == device and dst.device == device,
+            lambda: f"fields must be on one device, {device}, got {src.device} and {dst.device}",
+        )
     table = plan_bin.table(device)
     places = (table[0], table[1]) if packing else (table[1], table[0])
     for at in range(0, len(moves), MAX_FIELDS_PER_LAUNCH):
         part = moves[at : at + MAX_FIELDS_PER_LAUNCH]
         n = len(part)
         fields = (
-            ctypes.c_int32(n), (ctypes.c_void_p * n)(*[src.data_ptr() for src, _, _ in part]),
+            ctypes.c_int32(n),
+            (ctypes.c_void_p * n)(*[src.data_ptr() for src, _, _ in part]),
             (ctypes.c_void_p * n)(*[dst.data_ptr() for _, dst, _ in part]),
             (ctypes.c_int64 * n)(*[src.stride(0) * src.element_size() for src, _, _ in part]),
-            (ctypes.c_int32 * n)(*[shifted for _, _, shifted in part]), (ctypes.c_int64 * n)(*[fill] * n))
+            (ctypes.c_int32 * n)(*[shifted for _, _, shifted in part]),
+            (ctypes.c_int64 * n)(*[fill] * n),
+        )
         sequences = [ctypes.c_void_p(t.data_ptr()) for t in (*places, table[2])]
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device).cuda_stream
             with torch.cuda.device(device):
                 status = native.cuda().m2rl_pack_rows_cuda(
-                    *fields, ctypes.c_int64(plan_bin.tokens), ctypes.c_int64(table.shape[1]), *sequences,
-                    ctypes.c_void_p(table[1].data_ptr()), ctypes.c_void_p(stream))
+                    *fields,
+                    ctypes.c_int64(plan_bin.tokens),
+                    ctypes.c_int64(table.shape[1]),
+                    *sequences,
+                    ctypes.c_void_p(table[1].data_ptr()),
+                    ctypes.c_void_p(stream),
+                )
             if status:
                 raise RuntimeError(f"m2rl_pack_rows_cuda failed with CUDA error {status}")
         else:
@@ -319,15 +358,19 @@ def _move(plan_bin: PackBin, moves: list[tuple[Tensor, Tensor, bool]], fill: int
 def gather_rows(x_TH: Tensor, rows_N: Tensor) -> Tensor:
     """x[rows]: [N, ...], differentiable. rows int64 [N] in [0, T), all different: the gradient is then a plain scatter,
     free of atomics and bitwise repeatable."""
-    _require(rows_N.dim() == 1 and rows_N.dtype == torch.int64,
-             lambda: f"rows must be int64 [N], got {rows_N.dtype} {list(rows_N.shape)}")
-    _require(rows_N.device == x_TH.device,
-             lambda: f"rows must be on {x_TH.device}, the device of x, got {rows_N.device}")
+    _require(
+        rows_N.dim() == 1 and rows_N.dtype == torch.int64,
+        lambda: f"rows must be int64 [N], got {rows_N.dtype} {list(rows_N.shape)}",
+    )
+    _require(
+        rows_N.device == x_TH.device, lambda: f"rows must be on {x_TH.device}, the device of x, got {rows_N.device}"
+    )
     _require(x_TH.dim() >= 1, lambda: f"x must have shape [T, ...], got {list(x_TH.shape)}")
     if rows_N.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows_N):
         low, high = (int(v) for v in torch.aminmax(rows_N))
-        _require(low >= 0 and high < len(x_TH),
-                 lambda: f"rows must be in [0, T) = [0, {len(x_TH)}), got {low} .. {high}")
+        _require(
+            low >= 0 and high < len(x_TH), lambda: f"rows must be in [0, T) = [0, {len(x_TH)}), got {low} .. {high}"
+        )
         _require(len(torch.unique(rows_N)) == len(rows_N), "rows must all be different, got a row twice")
     return gather_rows_op(x_TH, rows_N)
 
@@ -358,5 +401,6 @@ def _save(ctx, inputs, output) -> None:
     ctx.rows = inputs[0].shape[0]
 
 
-gather_rows_op.register_autograd(lambda ctx, grad: (scatter_rows_op(grad, ctx.saved_tensors[0], ctx.rows), None),
-                                 setup_context=_save)
+gather_rows_op.register_autograd(
+    lambda ctx, grad: (scatter_rows_op(grad, ctx.saved_tensors[0], ctx.rows), None), setup_context=_save
+)

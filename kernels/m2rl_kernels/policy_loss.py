@@ -47,12 +47,27 @@ STATS = (
 """Columns of the returned statistics: raw sums, to be added over bins and all-reduced over ranks before dividing."""
 
 
-def policy_loss(logp_N: Tensor, behaviour_logp_N: Tensor | None, advantage_N: Tensor, weight_N: Tensor, *,
-                old_logp: Tensor | None = None, ref_logp: Tensor | None = None, kind: str = "grpo",
-                eps_low: float = 0.2, eps_high: float = 0.28, dual_clip: float | None = None,
-                tis_cap: float | None = 2.0, kl: str = "k3", kl_coef: float = 0.0, entropy: Tensor | None = None,
-                entropy_coef: float = 0.0, cu_seqlens: Tensor | None = None, segment: Tensor | None = None,
-                n_segments: int = 1) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logp_N: Tensor,
+    behaviour_logp_N: Tensor | None,
+    advantage_N: Tensor,
+    weight_N: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    kind: str = "grpo",
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    dual_clip: float | None = None,
+    tis_cap: float | None = 2.0,
+    kl: str = "k3",
+    kl_coef: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    segment: Tensor | None = None,
+    n_segments: int = 1,
+) -> tuple[Tensor, Tensor]:
     """(loss, stats): the weighted sum of the tokens' losses, a float32 scalar differentiable in logp and entropy, and
     the raw sums [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation.
 
@@ -66,25 +81,93 @@ def policy_loss(logp_N: Tensor, behaviour_logp_N: Tensor | None, advantage_N: Te
 
     ValueError names the argument, the rule and the value.
     """
-    tensors = {"behaviour_logp": behaviour_logp_N, "advantage": advantage_N, "weight": weight_N, "old_logp": old_logp,
-               "ref_logp": ref_logp, "entropy": entropy}
-    _check(logp_N, tensors, kind, eps_low, eps_high, dual_clip, tis_cap, kl, kl_coef, entropy_coef, cu_seqlens, segment,
-           n_segments)
+    tensors = {
+        "behaviour_logp": behaviour_logp_N,
+        "advantage": advantage_N,
+        "weight": weight_N,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "entropy": entropy,
+    }
+    _check(
+        logp_N,
+        tensors,
+        kind,
+        eps_low,
+        eps_high,
+        dual_clip,
+        tis_cap,
+        kl,
+        kl_coef,
+        entropy_coef,
+        cu_seqlens,
+        segment,
+        n_segments,
+    )
     if logp_N.dtype == torch.float64:
-        return policy_loss_ref(logp_N, behaviour_logp_N, advantage_N, weight_N, old_logp, ref_logp, kind, eps_low,
-                               eps_high, dual_clip, tis_cap, kl, kl_coef, entropy, entropy_coef, cu_seqlens, segment,
-                               n_segments)
+        return policy_loss_ref(
+            logp_N,
+            behaviour_logp_N,
+            advantage_N,
+            weight_N,
+            old_logp,
+            ref_logp,
+            kind,
+            eps_low,
+            eps_high,
+            dual_clip,
+            tis_cap,
+            kl,
+            kl_coef,
+            entropy,
+            entropy_coef,
+            cu_seqlens,
+            segment,
+            n_segments,
+        )
     loss, stats, _, _ = policy_loss_fwd(
-        logp_N, behaviour_logp_N, advantage_N, weight_N, old_logp, ref_logp, entropy,
-        cu_seqlens if kind == "gspo" else None, segment, kind, float(eps_low), float(eps_high),
-        None if dual_clip is None else float(dual_clip), None if tis_cap is None else float(tis_cap), kl,
-        float(kl_coef), float(entropy_coef), n_segments)
+        logp_N,
+        behaviour_logp_N,
+        advantage_N,
+        weight_N,
+        old_logp,
+        ref_logp,
+        entropy,
+        cu_seqlens if kind == "gspo" else None,
+        segment,
+        kind,
+        float(eps_low),
+        float(eps_high),
+        None if dual_clip is None else float(dual_clip),
+        None if tis_cap is None else float(tis_cap),
+        kl,
+        float(kl_coef),
+        float(entropy_coef),
+        n_segments,
+    )
     return loss, stats
 
 
-def policy_loss_ref(logp, behaviour, advantage, weight, old=None, ref=None, kind="grpo", eps_low=0.2, eps_high=0.28,
-                    dual_clip=None, tis_cap=2.0, kl="k3", kl_coef=0.0, entropy=None, entropy_coef=0.0, cu_seqlens=None,
-                    segment=None, n_segments=1):
+def policy_loss_ref(
+    logp,
+    behaviour,
+    advantage,
+    weight,
+    old=None,
+    ref=None,
+    kind="grpo",
+    eps_low=0.2,
+    eps_high=0.28,
+    dual_clip=None,
+    tis_cap=2.0,
+    kl="k3",
+    kl_coef=0.0,
+    entropy=None,
+    entropy_coef=0.0,
+    cu_seqlens=None,
+    segment=None,
+    n_segments=1,
+):
     """The definition, in the dtype of logp, with torch's autograd."""
     old = logp.detach() if old is None else old
     r = (_sequence_mean(logp - old, cu_seqlens) if kind == "gspo" else logp - old).exp()
@@ -116,9 +199,23 @@ def _stats_ref(v: dict) -> Tensor:
         clip = (A > 0) & high | (A < 0) & low
         clip = clip if v["dual_clip"] is None else clip | (A < 0) & (r > v["dual_clip"])
     m = zero if behaviour is None else v["old"] - behaviour
-    columns = [one, weight, weight * A.abs(), v["loss"], logp, zero if v["entropy"] is None else v["entropy"], r, clip,
-               -m, m.exp() - m - 1, m.abs().exp(), v["tis"], zero if v["uncorrected"] else m.exp() > v["tis_cap"],
-               -v["d"], v["d"].exp() - v["d"] - 1]
+    columns = [
+        one,
+        weight,
+        weight * A.abs(),
+        v["loss"],
+        logp,
+        zero if v["entropy"] is None else v["entropy"],
+        r,
+        clip,
+        -m,
+        m.exp() - m - 1,
+        m.abs().exp(),
+        v["tis"],
+        zero if v["uncorrected"] else m.exp() > v["tis_cap"],
+        -v["d"],
+        v["d"].exp() - v["d"] - 1,
+    ]
     table = torch.stack([c.detach().to(logp.dtype) for c in columns], 1)
     segment = torch.zeros_like(logp, dtype=torch.int64) if v["segment"] is None else v["segment"].long()
     inside = (segment >= 0) & (segment < v["n_segments"])
@@ -140,8 +237,21 @@ def _require(condition, message) -> None:
         raise ValueError(message() if callable(message) else message)
 
 
-def _check(logp, tensors, kind, eps_low, eps_high, dual_clip, tis_cap, kl, kl_coef, entropy_coef, cu_seqlens, segment,
-           n_segments) -> None:
+def _check(
+    logp,
+    tensors,
+    kind,
+    eps_low,
+    eps_high,
+    dual_clip,
+    tis_cap,
+    kl,
+    kl_coef,
+    entropy_coef,
+    cu_seqlens,
+    segment,
+    n_segments,
+) -> None:
     _require(logp.dim() == 1, lambda: f"logp must have shape [N], got {list(logp.shape)}")
     _require(logp.dtype in (torch.float32, torch.float64), lambda: f"logp must be float32, got {logp.dtype}")
     for name, x in tensors.items():
@@ -157,39 +267,90 @@ def _check(logp, tensors, kind, eps_low, eps_high, dual_clip, tis_cap, kl, kl_co
     _require(eps_high >= 0, lambda: f"eps_high must be at least 0, got {eps_high}")
     _require(dual_clip is None or dual_clip > 1, lambda: f"dual_clip must be None or above 1, got {dual_clip}")
     _require(tis_cap is None or tis_cap > 0, lambda: f"tis_cap must be None or above 0, got {tis_cap}")
-    _require(kl_coef == 0 or tensors["ref_logp"] is not None,
-             lambda: f"kl_coef must be 0 without ref_logp, got {kl_coef}")
-    _require(entropy_coef == 0 or tensors["entropy"] is not None,
-             lambda: f"entropy_coef must be 0 without entropy, got {entropy_coef}")
+    _require(
+        kl_coef == 0 or tensors["ref_logp"] is not None, lambda: f"kl_coef must be 0 without ref_logp, got {kl_coef}"
+    )
+    _require(
+        entropy_coef == 0 or tensors["entropy"] is not None,
+        lambda: f"entropy_coef must be 0 without entropy, got {entropy_coef}",
+    )
     _require(n_segments >= 1, lambda: f"n_segments must be at least 1, got {n_segments}")
     if segment is not None:
-        _require(segment.shape == logp.shape and segment.dtype == torch.int64 and segment.device == logp.device,
-                 lambda: f"segment must be int64 {list(logp.shape)} on {logp.device}, got {segment.dtype} "
-                         f"{list(segment.shape)} on {segment.device}")
+        _require(
+            segment.shape == logp.shape and segment.dtype == torch.int64 and segment.device == logp.device,
+            lambda: (
+                f"segment must be int64 {list(logp.shape)} on {logp.device}, got {segment.dtype} "
+                f"{list(segment.shape)} on {segment.device}"
+            ),
+        )
     if kind == "gspo":
         _require(cu_seqlens is not None, "cu_seqlens must be given for kind='gspo', got None")
-        _require(cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and len(cu_seqlens) >= 1
-                 and cu_seqlens.device == logp.device,
-                 lambda: f"cu_seqlens must be int32 [S+1] on {logp.device}, got {cu_seqlens.dtype} "
-                         f"{list(cu_seqlens.shape)} on {cu_seqlens.device}")
+        _require(
+            cu_seqlens.dim() == 1
+            and cu_seqlens.dtype == torch.int32
+            and len(cu_seqlens) >= 1
+            and cu_seqlens.device == logp.device,
+            lambda: (
+                f"cu_seqlens must be int32 [S+1] on {logp.device}, got {cu_seqlens.dtype} "
+                f"{list(cu_seqlens.shape)} on {cu_seqlens.device}"
+            ),
+        )
         if not logp.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
             ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
-            _require(ends == (0, len(logp)) and bool((cu_seqlens.diff() >= 0).all()),
-                     lambda: f"cu_seqlens must rise from 0 to N = {len(logp)}, got {cu_seqlens[:4].tolist()} ... "
-                             f"{cu_seqlens[-4:].tolist()}")
+            _require(
+                ends == (0, len(logp)) and bool((cu_seqlens.diff() >= 0).all()),
+                lambda: (
+                    f"cu_seqlens must rise from 0 to N = {len(logp)}, got {cu_seqlens[:4].tolist()} ... "
+                    f"{cu_seqlens[-4:].tolist()}"
+                ),
+            )
 
 
 # ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("m2rl::policy_loss_fwd", mutates_args=())
-def policy_loss_fwd(logp: Tensor, behaviour: Tensor | None, advantage: Tensor, weight: Tensor, old: Tensor | None,
-                    ref: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None, segment: Tensor | None,
-                    kind: str, eps_low: float, eps_high: float, dual_clip: float | None, tis_cap: float | None, kl: str,
-                    kl_coef: float, entropy_coef: float, n_segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def policy_loss_fwd(
+    logp: Tensor,
+    behaviour: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment: Tensor | None,
+    kind: str,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None,
+    tis_cap: float | None,
+    kl: str,
+    kl_coef: float,
+    entropy_coef: float,
+    n_segments: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], stats [D, len(STATS)], dloss/dlogp [N], dloss/dentropy [N] or empty): gradients come with the loss."""
-    arguments = (logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high,
-                 dual_clip, tis_cap, kl, kl_coef, entropy_coef, n_segments)
+    arguments = (
+        logp,
+        behaviour,
+        advantage,
+        weight,
+        old,
+        ref,
+        entropy,
+        cu_seqlens,
+        segment,
+        kind,
+        eps_low,
+        eps_high,
+        dual_clip,
+        tis_cap,
+        kl,
+        kl_coef,
+        entropy_coef,
+        n_segments,
+    )
     if logp.is_cuda:
         from m2rl_kernels.policy_loss_triton import policy_loss_triton
 
@@ -198,10 +359,32 @@ def policy_loss_fwd(logp: Tensor, behaviour: Tensor | None, advantage: Tensor, w
 
 
 @policy_loss_fwd.register_fake
-def _(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high, dual_clip,
-      tis_cap, kl, kl_coef, entropy_coef, n_segments):
-    return (logp.new_empty(()), logp.new_empty(n_segments, len(STATS)), logp.new_empty(logp.shape),
-            logp.new_empty(logp.shape if entropy_coef != 0 else 0))
+def _(
+    logp,
+    behaviour,
+    advantage,
+    weight,
+    old,
+    ref,
+    entropy,
+    cu_seqlens,
+    segment,
+    kind,
+    eps_low,
+    eps_high,
+    dual_clip,
+    tis_cap,
+    kl,
+    kl_coef,
+    entropy_coef,
+    n_segments,
+):
+    return (
+        logp.new_empty(()),
+        logp.new_empty(n_segments, len(STATS)),
+        logp.new_empty(logp.shape),
+        logp.new_empty(logp.shape if entropy_coef != 0 else 0),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -213,8 +396,16 @@ def _save(ctx, inputs, output) -> None:
 def _grads(ctx, grad_loss, *_):
     grad_logp, grad_entropy = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    return (grad_logp * grad_loss if needs[0] else None, None, None, None, None, None,
-            grad_entropy * grad_loss if needs[6] and grad_entropy.numel() else None, *[None] * 11)
+    return (
+        grad_logp * grad_loss if needs[0] else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        grad_entropy * grad_loss if needs[6] and grad_entropy.numel() else None,
+        *[None] * 11,
+    )
 
 
 policy_loss_fwd.register_autograd(_grads, setup_context=_save)
@@ -223,8 +414,26 @@ policy_loss_fwd.register_autograd(_grads, setup_context=_save)
 # ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low, eps_high,
-                    dual_clip, tis_cap, kl, kl_coef, entropy_coef, n_segments):
+def policy_loss_cpu(
+    logp,
+    behaviour,
+    advantage,
+    weight,
+    old,
+    ref,
+    entropy,
+    cu_seqlens,
+    segment,
+    kind,
+    eps_low,
+    eps_high,
+    dual_clip,
+    tis_cap,
+    kl,
+    kl_coef,
+    entropy_coef,
+    n_segments,
+):
     """dpg/dlogp is -A r (grpo, gspo, where not clipped), -A clip(r) (cispo), -A (reinforce); for gspo the token's own
     derivative is replaced by its sequence's mean, since every token of the sequence moves the one ratio."""
     N, A = logp.shape[0], advantage
@@ -282,8 +491,14 @@ def policy_loss_cpu(logp, behaviour, advantage, weight, old, ref, entropy, cu_se
             pg = pg - entropy_coef * entropy
             grad_entropy = weight * -entropy_coef
     loss_N = (weight * pg).masked_fill_(dead, 0.0)
-    for name, value in (("weight", weight), ("pull", weight * A.abs()), ("loss", loss_N), ("logp", logp), ("ratio", r),
-                        ("clip", clip)):
+    for name, value in (
+        ("weight", weight),
+        ("pull", weight * A.abs()),
+        ("loss", loss_N),
+        ("logp", logp),
+        ("ratio", r),
+        ("clip", clip),
+    ):
         column[name].copy_(value)
     column["count"].fill_(1.0)
     if segment is None:

@@ -37,12 +37,45 @@ def _table(c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15,
 
 
 @triton.jit
-def policy_loss_kernel(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, grad_logp,
-                       grad_entropy, partial, ticket, loss, stats, N, n_segments, eps_low, eps_high, dual_clip,
-                       tis_cap, kl_coef, entropy_coef, KIND: tl.constexpr, KL: tl.constexpr, BEHAVIOUR: tl.constexpr,
-                       OLD: tl.constexpr, REF: tl.constexpr, ENTROPY: tl.constexpr, ENTROPY_GRAD: tl.constexpr,
-                       SEGMENT: tl.constexpr, DUAL: tl.constexpr, TIS: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr, STATS: tl.constexpr, CHUNK: tl.constexpr):
+def policy_loss_kernel(
+    logp,
+    behaviour,
+    advantage,
+    weight,
+    old,
+    ref,
+    entropy,
+    cu_seqlens,
+    segment,
+    grad_logp,
+    grad_entropy,
+    partial,
+    ticket,
+    loss,
+    stats,
+    N,
+    n_segments,
+    eps_low,
+    eps_high,
+    dual_clip,
+    tis_cap,
+    kl_coef,
+    entropy_coef,
+    KIND: tl.constexpr,
+    KL: tl.constexpr,
+    BEHAVIOUR: tl.constexpr,
+    OLD: tl.constexpr,
+    REF: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ENTROPY_GRAD: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    DUAL: tl.constexpr,
+    TIS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     program, programs = tl.program_id(0), tl.num_programs(0)
     lane = tl.arange(0, BLOCK)
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)[None, :]
@@ -123,8 +156,25 @@ def policy_loss_kernel(logp, behaviour, advantage, weight, old, ref, entropy, cu
                 tl.store(grad_entropy + i, w * -entropy_coef, valid)
         tl.store(grad_logp + i, g, valid)
         value = tl.where(dead, 0.0, w * pg)
-        table = _table(zero + 1, w, w * tl.abs(A), value, lp, en, r, tl.where(clip, 1.0, 0.0), -m, k3,
-                       tl.exp(tl.abs(m)), tis, tis_clip, kl1, kl3, zero, BLOCK)
+        table = _table(
+            zero + 1,
+            w,
+            w * tl.abs(A),
+            value,
+            lp,
+            en,
+            r,
+            tl.where(clip, 1.0, 0.0),
+            -m,
+            k3,
+            tl.exp(tl.abs(m)),
+            tis,
+            tis_clip,
+            kl1,
+            kl3,
+            zero,
+            BLOCK,
+        )
         group = tl.zeros((BLOCK,), tl.int64)
         if SEGMENT:
             group = tl.load(segment + i, valid, -1)
@@ -147,15 +197,41 @@ def policy_loss_kernel(logp, behaviour, advantage, weight, old, ref, entropy, cu
         result = tl.zeros((ROWS * 16,), tl.float32)
         for p in range(0, programs, CHUNK):  # CHUNK programs' loads are in flight at a time
             each = p + tl.arange(0, CHUNK)[:, None]
-            result += tl.sum(tl.load(partial + each.to(tl.int64) * (ROWS * 16) + cells[None, :], each < programs, 0.0,
-                                     cache_modifier=".cg"), 0)
+            result += tl.sum(
+                tl.load(
+                    partial + each.to(tl.int64) * (ROWS * 16) + cells[None, :],
+                    each < programs,
+                    0.0,
+                    cache_modifier=".cg",
+                ),
+                0,
+            )
         tl.store(stats + cells // 16 * STATS + cells % 16, result, (cells // 16 < n_segments) & (cells % 16 < STATS))
         tl.store(loss, tl.sum(tl.where(cells == n_segments * 16 + 3, result, 0.0), 0))
         tl.store(ticket, 0)
 
 
-def policy_loss_triton(logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment, kind, eps_low,
-                       eps_high, dual_clip, tis_cap, kl, kl_coef, entropy_coef, n_segments, columns):
+def policy_loss_triton(
+    logp,
+    behaviour,
+    advantage,
+    weight,
+    old,
+    ref,
+    entropy,
+    cu_seqlens,
+    segment,
+    kind,
+    eps_low,
+    eps_high,
+    dual_clip,
+    tis_cap,
+    kl,
+    kl_coef,
+    entropy_coef,
+    n_segments,
+    columns,
+):
     """(loss [], stats [D, columns], dloss/dlogp [N], dloss/dentropy [N] or empty)."""
     N = logp.shape[0]
     new = lambda *shape: logp.new_empty(shape, dtype=torch.float32)  # noqa: E731
@@ -173,11 +249,35 @@ def policy_loss_triton(logp, behaviour, advantage, weight, old, ref, entropy, cu
     vectors += [cu_seqlens, None if segment is None else segment.contiguous()]
     pointers = [absent if x is None else x for x in vectors]
     policy_loss_kernel[(programs,)](
-        *pointers, grad_logp, grad_entropy if entropy_coef != 0 else absent, new(programs, rows, COLUMNS),
-        _tickets[key], loss, stats, N, n_segments, eps_low, eps_high, dual_clip or 0.0, tis_cap or 0.0, kl_coef,
+        *pointers,
+        grad_logp,
+        grad_entropy if entropy_coef != 0 else absent,
+        new(programs, rows, COLUMNS),
+        _tickets[key],
+        loss,
+        stats,
+        N,
+        n_segments,
+        eps_low,
+        eps_high,
+        dual_clip or 0.0,
+        tis_cap or 0.0,
+        kl_coef,
         entropy_coef,
-        KIND=kind, KL=kl, BEHAVIOUR=behaviour is not None, OLD=old is not None, REF=ref is not None,
-        ENTROPY=entropy is not None, ENTROPY_GRAD=entropy_coef != 0, SEGMENT=segment is not None,
-        DUAL=dual_clip is not None, TIS=tis_cap is not None, ROWS=rows, BLOCK=BLOCK, STATS=columns,
-        CHUNK=max(4096 // (rows * COLUMNS), 1), num_warps=NUM_WARPS)
+        KIND=kind,
+        KL=kl,
+        BEHAVIOUR=behaviour is not None,
+        OLD=old is not None,
+        REF=ref is not None,
+        ENTROPY=entropy is not None,
+        ENTROPY_GRAD=entropy_coef != 0,
+        SEGMENT=segment is not None,
+        DUAL=dual_clip is not None,
+        TIS=tis_cap is not None,
+        ROWS=rows,
+        BLOCK=BLOCK,
+        STATS=columns,
+        CHUNK=max(4096 // (rows * COLUMNS), 1),
+        num_warps=NUM_WARPS,
+    )
     return loss, stats, grad_logp, grad_entropy

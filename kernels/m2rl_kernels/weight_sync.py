@@ -37,8 +37,18 @@ VOCABULARY = ("embed_tokens", "lm_head")  # modules whose rows are tokens: engin
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILE = 16384  # elements per block, kTile in csrc/sync.cu
-COPY = np.dtype([("src", "u8"), ("dst", "u8"), ("rows", "i8"), ("columns", "i8"), ("src_stride", "i8"),
-                 ("dst_stride", "i8"), ("tensor", "i8"), ("first", "i8")])  # M2rlCopy in csrc/ops.h
+COPY = np.dtype(
+    [
+        ("src", "u8"),
+        ("dst", "u8"),
+        ("rows", "i8"),
+        ("columns", "i8"),
+        ("src_stride", "i8"),
+        ("dst_stride", "i8"),
+        ("tensor", "i8"),
+        ("first", "i8"),
+    ]
+)  # M2rlCopy in csrc/ops.h
 
 
 class Rectangle(NamedTuple):
@@ -58,9 +68,15 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     return (int(shape[0]) if len(shape) else 1), math.prod(shape[1:])
 
 
-def map_parameters(sources: Mapping[str, Sequence[int]], targets: Mapping[str, Sequence[int]], *, tp_size: int = 1,
-                   tp_rank: int = 0, fused: Mapping[str, Sequence[str]] = FUSED,
-                   tied: Mapping[str, str] = TIED) -> list[Rectangle]:
+def map_parameters(
+    sources: Mapping[str, Sequence[int]],
+    targets: Mapping[str, Sequence[int]],
+    *,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    fused: Mapping[str, Sequence[str]] = FUSED,
+    tied: Mapping[str, str] = TIED,
+) -> list[Rectangle]:
     """Which rectangle of which source is which rectangle of which target, from names and shapes alone.
 
     ValueError lists the sources that go nowhere, the targets (or rows of them) that nothing is written to or that are
@@ -85,8 +101,11 @@ def map_parameters(sources: Mapping[str, Sequence[int]], targets: Mapping[str, S
                 rectangles += _plain(name, shape, target, targets[target], tp_size, tp_rank, fused, problems)
     problems += _coverage(rectangles, targets, sources)
     if problems:
-        raise ValueError("weights do not map: " + "; ".join(problems[:12])
-                         + (f"; and {len(problems) - 12} more" if len(problems) > 12 else ""))
+        raise ValueError(
+            "weights do not map: "
+            + "; ".join(problems[:12])
+            + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        )
     return rectangles
 
 
@@ -126,11 +145,14 @@ def _fused(sources, targets, name, whole, word, parts, tp_size, tp_rank, problem
         copies = shares[1] * tp_size // rows[1]
     k = siblings.index(name)
     fits = sum(shares) == to_rows and all(_matrix(sources[s])[1] == columns for s in siblings)
-    exact = all(share * tp_size == r * (copies if i and len(parts) == 3 else 1) for i, (share, r) in
-                enumerate(zip(shares, rows)))
+    exact = all(
+        share * tp_size == r * (copies if i and len(parts) == 3 else 1)
+        for i, (share, r) in enumerate(zip(shares, rows))
+    )
     if not (fits and exact):
-        problems.append(f"{name} {list(sources[name])} does not fit {whole} {list(targets[whole])} at tp_size "
-                        f"{tp_size}")
+        problems.append(
+            f"{name} {list(sources[name])} does not fit {whole} {list(targets[whole])} at tp_size {tp_size}"
+        )
         return []
     index = tp_rank // copies if k and len(parts) == 3 else tp_rank
     return [Rectangle(name, whole, index * shares[k], 0, shares[k], columns, sum(shares[:k]))]
@@ -153,8 +175,9 @@ def _coverage(rectangles, targets, sources) -> Iterator[str]:
         else:
             padded = any(word in VOCABULARY for word in name.split(".")) and mine
             if at < rows and not padded:
-                yield f"target {name} {list(targets[name])} " + (f"rows {at}:{rows} have no source" if mine
-                                                                 else "has no source")
+                yield f"target {name} {list(targets[name])} " + (
+                    f"rows {at}:{rows} have no source" if mine else "has no source"
+                )
 
 
 @dataclass(frozen=True)
@@ -170,9 +193,19 @@ class Bucket:
 class SyncPlan:
     """Built once; `sync` may then be called as often as the weights change."""
 
-    def __init__(self, sources: Mapping[str, Any], targets: Mapping[str, Tensor], *, world_size: int = 1, rank: int = 0,
-                 tp_size: int = 1, tp_rank: int = 0, bucket_bytes: int = 256 << 20,
-                 fused: Mapping[str, Sequence[str]] = FUSED, tied: Mapping[str, str] = TIED):
+    def __init__(
+        self,
+        sources: Mapping[str, Any],
+        targets: Mapping[str, Tensor],
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+        tp_size: int = 1,
+        tp_rank: int = 0,
+        bucket_bytes: int = 256 << 20,
+        fused: Mapping[str, Sequence[str]] = FUSED,
+        tied: Mapping[str, str] = TIED,
+    ):
         """
         sources: name -> whole shape, or a tensor with that .shape (a DTensor will do), in the same order on every rank.
         targets: name -> this rank's engine tensor, contiguous, float32, bfloat16 or float16; a tied head that shares
@@ -200,8 +233,14 @@ class SyncPlan:
         _require(len(devices) == 1, f"targets must be on one device, got {sorted(map(str, devices))}")
         self.device = devices.pop()
         self.addresses = {name: t.data_ptr() for name, t in self.targets.items()}
-        self.rectangles = map_parameters(self.shapes, {n: t.shape for n, t in self.targets.items()}, tp_size=tp_size,
-                                         tp_rank=tp_rank, fused=fused, tied=tied)
+        self.rectangles = map_parameters(
+            self.shapes,
+            {n: t.shape for n, t in self.targets.items()},
+            tp_size=tp_size,
+            tp_rank=tp_rank,
+            fused=fused,
+            tied=tied,
+        )
         self.of_source: dict[str, list[Rectangle]] = {name: [] for name in self.shapes}
         for r in self.rectangles:
             self.of_source[r.source].append(r)
@@ -283,15 +322,22 @@ class SyncPlan:
         out = torch.empty(bucket.length, dtype=bucket.dtype, device=self.device) if out is None else out
         for dtype, names in self._by_dtype(local):
             chosen = [(n, o) for n, o in zip(bucket.names, bucket.offsets) if n in names]
-            self._run(("pack", i), {**local, "": out}, [n for n, _ in chosen] + [""],
-                      partial(self._packing, chosen, local, out), dtype, bucket.dtype)
+            self._run(
+                ("pack", i),
+                {**local, "": out},
+                [n for n, _ in chosen] + [""],
+                partial(self._packing, chosen, local, out),
+                dtype,
+                bucket.dtype,
+            )
         return out
 
     def scatter_bucket(self, i: int, gathered: Tensor) -> None:
         """gathered [world_size, length]: what pack_bucket gave on every rank; written to the targets in one launch."""
         bucket = self.buckets[i]
-        self._run(("scatter", i), {"": gathered}, [""], partial(self._gathered, bucket, gathered), bucket.dtype,
-                  bucket.dtype)
+        self._run(
+            ("scatter", i), {"": gathered}, [""], partial(self._gathered, bucket, gathered), bucket.dtype, bucket.dtype
+        )
 
     def expected_checksum(self, shards: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> Tensor:
         """[targets, 2] what `checksum` of the targets is after a sync of these shards; nothing is written. Rows of a
@@ -302,20 +348,34 @@ class SyncPlan:
             for dtype, names in self._by_dtype(local):
                 for bucket_dtype in {b.dtype for b in self.buckets}:
                     chosen = [n for b in self.buckets if b.dtype == bucket_dtype for n in b.names if n in names]
-                    self._run("direct", local, chosen, partial(self._direct, chosen, local), dtype, bucket_dtype,
-                              sums)
+                    self._run("direct", local, chosen, partial(self._direct, chosen, local), dtype, bucket_dtype, sums)
         else:
             for i, bucket in enumerate(self.buckets):
                 work, everyone = self._start(i, local, group)
                 work.wait()
-                self._run(("scatter", i), {"": everyone}, [""], partial(self._gathered, bucket, everyone),
-                          bucket.dtype, bucket.dtype, sums)
+                self._run(
+                    ("scatter", i),
+                    {"": everyone},
+                    [""],
+                    partial(self._gathered, bucket, everyone),
+                    bucket.dtype,
+                    bucket.dtype,
+                    sums,
+                )
         for name, t in self.targets.items():
             rows, columns = _matrix(t.shape)
             written = max((r.to_row + r.rows for r in self.rectangles if r.target == name), default=0)
             if written < rows:
-                row = (t.data_ptr() + written * columns * t.element_size(), 0, 1, (rows - written) * columns, 0, 0,
-                       self.target_index[name], written * columns)
+                row = (
+                    t.data_ptr() + written * columns * t.element_size(),
+                    0,
+                    1,
+                    (rows - written) * columns,
+                    0,
+                    0,
+                    self.target_index[name],
+                    written * columns,
+                )
                 self._run(("padding", name), {"": t}, [""], partial(list, [row]), t.dtype, t.dtype, sums)
         return sums
 
@@ -324,8 +384,11 @@ class SyncPlan:
         same = (self.expected_checksum(shards, group) == checksum(list(self.targets.values()))).all(1).tolist()
         wrong = [name for name, equal in zip(self.targets, same) if not equal]
         if wrong:
-            raise RuntimeError(f"{len(wrong)} of {len(same)} engine tensors differ from the policy: "
-                               + ", ".join(wrong[:8]) + (" ..." if len(wrong) > 8 else ""))
+            raise RuntimeError(
+                f"{len(wrong)} of {len(same)} engine tensors differ from the policy: "
+                + ", ".join(wrong[:8])
+                + (" ..." if len(wrong) > 8 else "")
+            )
 
     # -- rows of the copy table: (src, dst, rows, columns, src_stride, dst_stride, tensor, first)
 
@@ -334,19 +397,31 @@ class SyncPlan:
         target = self.targets[r.target]
         pitch, columns = _matrix(target.shape)[1], r.columns
         first = (r.to_row + begin - r.row) * pitch
-        row = (source + ((begin - skip) * width + r.column) * source_dtype.itemsize,
-               self.addresses[r.target] + first * target.element_size(), end - begin, columns, width, pitch)
+        row = (
+            source + ((begin - skip) * width + r.column) * source_dtype.itemsize,
+            self.addresses[r.target] + first * target.element_size(),
+            end - begin,
+            columns,
+            width,
+            pitch,
+        )
         if columns == width == pitch:
             row = (row[0], row[1], 1, (end - begin) * columns, 0, 0)
         return (*row, self.target_index[r.target], first)
 
     def _packing(self, chosen: Sequence[tuple[str, int]], local: dict[str, Tensor], out: Tensor) -> list[tuple]:
-        return [(local[n].data_ptr(), out.data_ptr() + offset * out.element_size(), 1, local[n].numel(), 0, 0, 0, 0)
-                for n, offset in chosen]
+        return [
+            (local[n].data_ptr(), out.data_ptr() + offset * out.element_size(), 1, local[n].numel(), 0, 0, 0, 0)
+            for n, offset in chosen
+        ]
 
     def _direct(self, names: Sequence[str], local: dict[str, Tensor]) -> list[tuple]:
-        return [self._copy(r, local[n].data_ptr(), local[n].dtype, _matrix(self.shapes[n])[1], 0, r.row, r.row + r.rows)
-                for n in names for r in self.of_source[n] if r.rows]
+        return [
+            self._copy(r, local[n].data_ptr(), local[n].dtype, _matrix(self.shapes[n])[1], 0, r.row, r.row + r.rows)
+            for n in names
+            for r in self.of_source[n]
+            if r.rows
+        ]
 
     def _gathered(self, bucket: Bucket, gathered: Tensor) -> list[tuple]:
         rows = []
@@ -361,8 +436,16 @@ class SyncPlan:
                         rows.append(self._copy(r, address, bucket.dtype, width, begin, a, b))
         return rows
 
-    def _run(self, key: Any, tensors: Mapping[str, Tensor], read: Sequence[str], build: Callable[[], list[tuple]],
-             src_dtype: torch.dtype, dst_dtype: torch.dtype, sums: Tensor | None = None) -> None:
+    def _run(
+        self,
+        key: Any,
+        tensors: Mapping[str, Tensor],
+        read: Sequence[str],
+        build: Callable[[], list[tuple]],
+        src_dtype: torch.dtype,
+        dst_dtype: torch.dtype,
+        sums: Tensor | None = None,
+    ) -> None:
         """Run the table that `build` describes; kept while the tensors it reads lie where they lay."""
         addresses = tuple(tensors[name].data_ptr() for name in read)
         cached = self._tables.get((key, src_dtype, dst_dtype))
@@ -382,9 +465,11 @@ class SyncPlan:
             t = t.to_local() if hasattr(t, "to_local") else t  # DTensor
             begin, end = self.shard_rows(name, self.rank)
             want = (end - begin) * _matrix(self.shapes[name])[1]
-            _require(t.numel() == want and t.is_contiguous() and t.dtype in CODES and t.device == self.device,
-                     f"shard of {name} must be rows {begin}:{end} of {list(self.shapes[name])}, contiguous, float, on "
-                     f"{self.device}, got {t.dtype} {list(t.shape)} on {t.device}")
+            _require(
+                t.numel() == want and t.is_contiguous() and t.dtype in CODES and t.device == self.device,
+                f"shard of {name} must be rows {begin}:{end} of {list(self.shapes[name])}, contiguous, float, on "
+                f"{self.device}, got {t.dtype} {list(t.shape)} on {t.device}",
+            )
             out[name] = t
         return out
 
@@ -395,8 +480,10 @@ class SyncPlan:
     def _check_addresses(self) -> None:
         moved = [name for name, t in self.targets.items() if t.data_ptr() != self.addresses[name]]
         if moved:
-            raise RuntimeError(f"engine tensors moved since the plan was built: {', '.join(moved[:8])}; captured "
-                               "graphs would still read the old storage. Build the plan after every allocation")
+            raise RuntimeError(
+                f"engine tensors moved since the plan was built: {', '.join(moved[:8])}; captured "
+                "graphs would still read the old storage. Build the plan after every allocation"
+            )
 
 
 class Table:
@@ -409,7 +496,8 @@ class Table:
             self.tiles = int(tiles.sum())
             self.copies, self.first_tile = (
                 torch.from_numpy(a.view(np.int64).copy()).pin_memory().to(device, non_blocking=True)
-                for a in (host, np.cumsum(tiles) - tiles))
+                for a in (host, np.cumsum(tiles) - tiles)
+            )
 
     def run(self, src_dtype: torch.dtype, dst_dtype: torch.dtype, sums: Tensor | None = None) -> None:
         """Copy; or with `sums` add the checksums of what would be copied."""
@@ -421,8 +509,15 @@ class Table:
             library, stream = native.cuda(), torch.cuda.current_stream(self.device).cuda_stream
             call = library.m2rl_sync_copy_cuda if sums is None else library.m2rl_sync_checksum_cuda
             with torch.cuda.device(self.device):
-                status = call(ctypes.c_void_p(self.copies.data_ptr()), ctypes.c_void_p(self.first_tile.data_ptr()), n,
-                              ctypes.c_int64(self.tiles), *codes, *out, ctypes.c_void_p(stream))
+                status = call(
+                    ctypes.c_void_p(self.copies.data_ptr()),
+                    ctypes.c_void_p(self.first_tile.data_ptr()),
+                    n,
+                    ctypes.c_int64(self.tiles),
+                    *codes,
+                    *out,
+                    ctypes.c_void_p(stream),
+                )
             if status:
                 raise RuntimeError(f"weight_sync's kernel failed with CUDA error {status}")
         else:
@@ -438,14 +533,17 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
     float32, bfloat16 or float16, on one device. One read; 8.0 GB for Qwen3-4B.
     """
     for i, t in enumerate(tensors):
-        _require(t.is_contiguous() and t.dtype in CODES and t.device == tensors[0].device,
-                 f"tensors must be contiguous floats on one device, got {t.dtype} {list(t.shape)} with strides "
-                 f"{t.stride()} on {t.device} at index {i}")
+        _require(
+            t.is_contiguous() and t.dtype in CODES and t.device == tensors[0].device,
+            f"tensors must be contiguous floats on one device, got {t.dtype} {list(t.shape)} with strides "
+            f"{t.stride()} on {t.device} at index {i}",
+        )
     device = tensors[0].device if tensors else torch.device("cpu")
     sums = torch.zeros(len(tensors), 2, dtype=torch.int64, device=device)
     for dtype in CODES:
-        rows = [(t.data_ptr(), 0, 1, t.numel(), 0, 0, i, 0) for i, t in enumerate(tensors)
-                if t.dtype == dtype and t.numel()]
+        rows = [
+            (t.data_ptr(), 0, 1, t.numel(), 0, 0, i, 0) for i, t in enumerate(tensors) if t.dtype == dtype and t.numel()
+        ]
         Table(np.array(rows, dtype=COPY), device).run(dtype, dtype, sums)
     return sums
 

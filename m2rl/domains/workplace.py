@@ -42,12 +42,26 @@ MAX_QUERY_CHARS = 300
 Row = dict[str, Any]
 
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "analytics": ("analytics_data.csv", ("date_of_visit", "visitor_id", "page_views", "session_duration_seconds",
-                                         "traffic_source", "user_engaged")),
+    "analytics": (
+        "analytics_data.csv",
+        ("date_of_visit", "visitor_id", "page_views", "session_duration_seconds", "traffic_source", "user_engaged"),
+    ),
     "calendar": ("calendar_events.csv", ("event_id", "event_name", "participant_email", "event_start", "duration")),
-    "customers": ("customer_relationship_manager_data.csv", (
-        "customer_id", "assigned_to_email", "customer_name", "customer_email", "customer_phone", "last_contact_date",
-        "product_interest", "status", "follow_up_by", "notes")),
+    "customers": (
+        "customer_relationship_manager_data.csv",
+        (
+            "customer_id",
+            "assigned_to_email",
+            "customer_name",
+            "customer_email",
+            "customer_phone",
+            "last_contact_date",
+            "product_interest",
+            "status",
+            "follow_up_by",
+            "notes",
+        ),
+    ),
     "emails": ("emails.csv", ("email_id", "inbox/outbox", "sender/recipient", "subject", "sent_datetime", "body")),
     "tasks": ("project_tasks.csv", ("task_id", "task_name", "assigned_to_email", "list_name", "due_date", "board")),
 }
@@ -63,8 +77,15 @@ STATUSES = ("Qualified", "Won", "Lost", "Lead", "Proposal")
 PRODUCTS = ("Software", "Hardware", "Services", "Consulting", "Training")
 LISTS = ("Backlog", "In Progress", "In Review", "Completed")
 BOARDS = ("Back end", "Front end", "Design")
-PLOT_VALUES = ("total_visits", "session_duration_seconds", "user_engaged", "visits_direct", "visits_referral",
-               "visits_search_engine", "visits_social_media")
+PLOT_VALUES = (
+    "total_visits",
+    "session_duration_seconds",
+    "user_engaged",
+    "visits_direct",
+    "visits_referral",
+    "visits_search_engine",
+    "visits_social_media",
+)
 PLOT_TYPES = ("bar", "line", "scatter", "histogram")
 EVENT_FIELDS = ("event_name", "participant_email", "event_start", "duration")
 
@@ -202,10 +223,22 @@ def _folded(row: Row) -> dict[str, str]:
 
 # ---- helpers of the tools ----
 
-_TIME_FORMATS = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m", "%Y",
-                 "%m/%d/%Y", "%m/%d/%Y %H:%M", "%m/%d/%Y %H:%M:%S",
-                 "%Y/%m/%d", "%Y/%m/%d %H:%M", "%Y/%m/%d %H:%M:%S",
-                 "%B %d, %Y", "%b %d, %Y", "%d %B %Y", "%d %b %Y")
+_TIME_FORMATS = (
+    "%Y-%m-%d %H:%M:%S",
+    "%Y-%m-%d %H:%M",
+    "%Y-%m",
+    "%Y",
+    "%m/%d/%Y",
+    "%m/%d/%Y %H:%M",
+    "%m/%d/%Y %H:%M:%S",
+    "%Y/%m/%d",
+    "%Y/%m/%d %H:%M",
+    "%Y/%m/%d %H:%M:%S",
+    "%B %d, %Y",
+    "%b %d, %Y",
+    "%d %B %Y",
+    "%d %b %Y",
+)
 
 
 def _time(text: str) -> datetime | None:
@@ -314,13 +347,13 @@ def _append(state: State, table: str, row: Row, width: int = 8) -> str:
 def _replace(state: State, table: str, value: str, noun: str, field: str, new_value: str) -> None:
     rows = state.tables[table]
     i = _position(rows, KEYS[table], value, noun)
-    state.tables[table] = (*rows[:i], {**rows[i], field: new_value}, *rows[i + 1:])
+    state.tables[table] = (*rows[:i], {**rows[i], field: new_value}, *rows[i + 1 :])
 
 
 def _delete(state: State, table: str, value: str, noun: str) -> None:
     rows = state.tables[table]
     i = _position(rows, KEYS[table], value, noun)
-    state.tables[table] = rows[:i] + rows[i + 1:]
+    state.tables[table] = rows[:i] + rows[i + 1 :]
 
 
 def _page(rows: list[Row], noun: str, page: int, page_size: int) -> dict[str, Any] | str:
@@ -330,8 +363,10 @@ def _page(rows: list[Row], noun: str, page: int, page_size: int) -> dict[str, An
         return f"There are no {noun} that match."
     pages = -(-len(rows) // page_size)
     page = max(1, min(page, pages))
-    return {noun: rows[(page - 1) * page_size: page * page_size],
-            "pagination": {f"total_{noun}": len(rows), "page": page, "page_size": page_size, "total_pages": pages}}
+    return {
+        noun: rows[(page - 1) * page_size : page * page_size],
+        "pagination": {f"total_{noun}": len(rows), "page": page, "page_size": page_size, "total_pages": pages},
+    }
 
 
 def _visits(state: State, time_min: str, time_max: str) -> dict[str, list[Row]]:
@@ -356,8 +391,9 @@ def email_get_email_information_by_id(state: State, email_id: str, field: str) -
     return _field(_get(state, "emails", email_id, "email"), field)
 
 
-def email_search_emails(state: State, query: str = "", date_min: str = "", date_max: str = "", page: int = 1,
-                        page_size: int = 5) -> dict[str, Any] | str:
+def email_search_emails(
+    state: State, query: str = "", date_min: str = "", date_max: str = "", page: int = 1, page_size: int = 5
+) -> dict[str, Any] | str:
     """Every word of the query is in the subject, the body or the address; newest first; both days inclusive."""
     _need_short(query)
     words = sorted(set(query.lower().split()), key=len, reverse=True)  # the least likely first
@@ -382,8 +418,19 @@ def email_send_email(state: State, recipient: str, subject: str, body: str) -> s
 
 
 def _send(state: State, recipient: str, subject: str, body: str | None) -> None:
-    _append(state, "emails", {"email_id": "", "inbox/outbox": "outbox", "sender/recipient": recipient.lower(),
-                              "subject": subject, "sent_datetime": NOW, "body": body}, width=1)
+    _append(
+        state,
+        "emails",
+        {
+            "email_id": "",
+            "inbox/outbox": "outbox",
+            "sender/recipient": recipient.lower(),
+            "subject": subject,
+            "sent_datetime": NOW,
+            "body": body,
+        },
+        width=1,
+    )
 
 
 def email_delete_email(state: State, email_id: str) -> str:
@@ -409,8 +456,9 @@ def calendar_get_event_information_by_id(state: State, event_id: str, field: str
     return _field(_get(state, "calendar", event_id, "event"), field)
 
 
-def calendar_search_events(state: State, query: str = "", time_min: str = "", time_max: str = "", page: int = 1,
-                           page_size: int = 5) -> dict[str, Any] | str:
+def calendar_search_events(
+    state: State, query: str = "", time_min: str = "", time_max: str = "", page: int = 1, page_size: int = 5
+) -> dict[str, Any] | str:
     """The query is in the name or the participant's address; latest first; both bounds are on the start, inclusive."""
     first, last, matches = _need_time(time_min, "time_min"), _need_time(time_max, "time_max"), _matcher(query)
     found: list[tuple[datetime, Row]] = []
@@ -424,13 +472,22 @@ def calendar_search_events(state: State, query: str = "", time_min: str = "", ti
     return _page([row for _, row in found], "events", page, page_size)
 
 
-def calendar_create_event(state: State, event_name: str, participant_email: str, event_start: str,
-                          duration: str) -> str:
+def calendar_create_event(
+    state: State, event_name: str, participant_email: str, event_start: str, duration: str
+) -> str:
     _need_time(event_start, "event_start")
     _need_duration(duration)
-    return _append(state, "calendar", {
-        "event_id": "", "event_name": event_name, "participant_email": participant_email.lower(),
-        "event_start": event_start, "duration": duration})
+    return _append(
+        state,
+        "calendar",
+        {
+            "event_id": "",
+            "event_name": event_name,
+            "participant_email": participant_email.lower(),
+            "event_start": event_start,
+            "duration": duration,
+        },
+    )
 
 
 def calendar_delete_event(state: State, event_id: str) -> str:
@@ -475,15 +532,20 @@ def analytics_engaged_users_count(state: State, time_min: str = "", time_max: st
     return {day: sum(row["user_engaged"] for row in rows) for day, rows in _visits(state, time_min, time_max).items()}
 
 
-def analytics_traffic_source_count(state: State, time_min: str = "", time_max: str = "",
-                                   traffic_source: str = "") -> dict[str, int]:
-    return {day: sum(not traffic_source or row["traffic_source"] == traffic_source for row in rows)
-            for day, rows in _visits(state, time_min, time_max).items()}
+def analytics_traffic_source_count(
+    state: State, time_min: str = "", time_max: str = "", traffic_source: str = ""
+) -> dict[str, int]:
+    return {
+        day: sum(not traffic_source or row["traffic_source"] == traffic_source for row in rows)
+        for day, rows in _visits(state, time_min, time_max).items()
+    }
 
 
 def analytics_get_average_session_duration(state: State, time_min: str = "", time_max: str = "") -> dict[str, float]:
-    return {day: sum(float(row["session_duration_seconds"]) for row in rows) / len(rows)
-            for day, rows in _visits(state, time_min, time_max).items()}
+    return {
+        day: sum(float(row["session_duration_seconds"]) for row in rows) / len(rows)
+        for day, rows in _visits(state, time_min, time_max).items()
+    }
 
 
 def project_management_get_task_information_by_id(state: State, task_id: str, field: str) -> dict[str, Any]:
@@ -493,8 +555,14 @@ def project_management_get_task_information_by_id(state: State, task_id: str, fi
 _ADDRESS = re.compile(r"[a-zA-Z0-9._%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}")
 
 
-def project_management_search_tasks(state: State, task_name: str = "", assigned_to_email: str = "", list_name: str = "",
-                                    due_date: str = "", board: str = "") -> list[Row]:
+def project_management_search_tasks(
+    state: State,
+    task_name: str = "",
+    assigned_to_email: str = "",
+    list_name: str = "",
+    due_date: str = "",
+    board: str = "",
+) -> list[Row]:
     """The assignee is matched whole, the others as parts of the cell; every match is returned, there are no pages."""
     wanted = {"task_name": task_name, "list_name": list_name, "due_date": due_date, "board": board}
     matchers = {column: _matcher(text) for column, text in wanted.items() if text}
@@ -502,9 +570,12 @@ def project_management_search_tasks(state: State, task_name: str = "", assigned_
         raise ToolError("Error: give at least one thing to search for.")
     if assigned_to_email and (len(assigned_to_email) > 320 or not _ADDRESS.fullmatch(assigned_to_email)):
         raise ToolError("Error: assigned_to_email is not an e-mail address.")
-    return [row for row in state.tables["tasks"]
-            if (not assigned_to_email or (row["assigned_to_email"] or "").lower() == assigned_to_email.lower())
-            and all(matches(row[column]) for column, matches in matchers.items())]
+    return [
+        row
+        for row in state.tables["tasks"]
+        if (not assigned_to_email or (row["assigned_to_email"] or "").lower() == assigned_to_email.lower())
+        and all(matches(row[column]) for column, matches in matchers.items())
+    ]
 
 
 def _check_task(state: State, field: str, value: str) -> str:
@@ -520,10 +591,16 @@ def _check_task(state: State, field: str, value: str) -> str:
     return value
 
 
-def project_management_create_task(state: State, task_name: str, assigned_to_email: str, list_name: str, due_date: str,
-                                   board: str) -> str:
-    row = {"task_name": task_name, "assigned_to_email": assigned_to_email, "list_name": list_name,
-           "due_date": due_date, "board": board}
+def project_management_create_task(
+    state: State, task_name: str, assigned_to_email: str, list_name: str, due_date: str, board: str
+) -> str:
+    row = {
+        "task_name": task_name,
+        "assigned_to_email": assigned_to_email,
+        "list_name": list_name,
+        "due_date": due_date,
+        "board": board,
+    }
     return _append(state, "tasks", {"task_id": "", **{c: _check_task(state, c, v) for c, v in row.items()}})
 
 
@@ -539,16 +616,32 @@ def project_management_update_task(state: State, task_id: str, field: str, new_v
 
 
 def customer_relationship_manager_search_customers(
-    state: State, customer_name: str = "", customer_email: str = "", product_interest: str = "", status: str = "",
-    assigned_to_email: str = "", last_contact_date_min: str = "", last_contact_date_max: str = "",
-    follow_up_by_min: str = "", follow_up_by_max: str = "", page: int = 1, page_size: int = 5,
+    state: State,
+    customer_name: str = "",
+    customer_email: str = "",
+    product_interest: str = "",
+    status: str = "",
+    assigned_to_email: str = "",
+    last_contact_date_min: str = "",
+    last_contact_date_max: str = "",
+    follow_up_by_min: str = "",
+    follow_up_by_max: str = "",
+    page: int = 1,
+    page_size: int = 5,
 ) -> dict[str, Any] | str:
     """Texts are parts of the cell. Dates are compared as texts, so a day as an upper bound ends at its midnight."""
-    wanted = {"customer_name": customer_name, "customer_email": customer_email, "product_interest": product_interest,
-              "status": status, "assigned_to_email": assigned_to_email}
+    wanted = {
+        "customer_name": customer_name,
+        "customer_email": customer_email,
+        "product_interest": product_interest,
+        "status": status,
+        "assigned_to_email": assigned_to_email,
+    }
     matchers = {column: _matcher(text) for column, text in wanted.items() if text}
-    ranges = {"last_contact_date": (last_contact_date_min, last_contact_date_max),
-              "follow_up_by": (follow_up_by_min, follow_up_by_max)}
+    ranges = {
+        "last_contact_date": (last_contact_date_min, last_contact_date_max),
+        "follow_up_by": (follow_up_by_min, follow_up_by_max),
+    }
     ranges = {column: bounds for column, bounds in ranges.items() if any(bounds)}
     if not matchers and not ranges:
         raise ToolError("Error: give at least one thing to search for.")
@@ -556,9 +649,12 @@ def customer_relationship_manager_search_customers(
     def inside(cell: str | None, low: str, high: str) -> bool:
         return cell is not None and (not low or cell >= low) and (not high or cell <= high)
 
-    found = [row for row in state.tables["customers"]
-             if all(matches(row[column]) for column, matches in matchers.items())
-             and all(inside(row[column], *bounds) for column, bounds in ranges.items())]
+    found = [
+        row
+        for row in state.tables["customers"]
+        if all(matches(row[column]) for column, matches in matchers.items())
+        and all(inside(row[column], *bounds) for column, bounds in ranges.items())
+    ]
     return _page(found, "customers", page, page_size)
 
 
@@ -575,14 +671,28 @@ def customer_relationship_manager_update_customer(state: State, customer_id: str
 
 
 def customer_relationship_manager_add_customer(
-    state: State, customer_name: str, assigned_to_email: str, status: str, customer_email: str = "",
-    customer_phone: str = "", last_contact_date: str = "", product_interest: str = "", notes: str = "",
+    state: State,
+    customer_name: str,
+    assigned_to_email: str,
+    status: str,
+    customer_email: str = "",
+    customer_phone: str = "",
+    last_contact_date: str = "",
+    product_interest: str = "",
+    notes: str = "",
     follow_up_by: str = "",
 ) -> str:
-    row = {"assigned_to_email": assigned_to_email.lower(), "customer_name": customer_name,
-           "customer_email": customer_email.lower(), "customer_phone": customer_phone,
-           "last_contact_date": last_contact_date, "product_interest": product_interest, "status": status,
-           "follow_up_by": follow_up_by, "notes": notes}
+    row = {
+        "assigned_to_email": assigned_to_email.lower(),
+        "customer_name": customer_name,
+        "customer_email": customer_email.lower(),
+        "customer_phone": customer_phone,
+        "last_contact_date": last_contact_date,
+        "product_interest": product_interest,
+        "status": status,
+        "follow_up_by": follow_up_by,
+        "notes": notes,
+    }
     return _append(state, "customers", {"customer_id": "", **{c: v or None for c, v in row.items()}})
 
 
@@ -601,16 +711,35 @@ def _tool(run: Callable[..., Any]) -> Tool:
     return Tool(run, {n: p for n, p in inspect.signature(run).parameters.items() if n != "state"})
 
 
-TOOLS: dict[str, Tool] = {run.__name__: _tool(run) for run in (
-    company_directory_find_email_address,
-    email_get_email_information_by_id, email_search_emails, email_send_email, email_delete_email, email_forward_email,
-    email_reply_email,
-    calendar_get_event_information_by_id, calendar_search_events, calendar_create_event, calendar_delete_event,
-    calendar_update_event,
-    analytics_get_visitor_information_by_id, analytics_create_plot, analytics_total_visits_count,
-    analytics_engaged_users_count, analytics_traffic_source_count, analytics_get_average_session_duration,
-    project_management_get_task_information_by_id, project_management_search_tasks, project_management_create_task,
-    project_management_delete_task, project_management_update_task,
-    customer_relationship_manager_search_customers, customer_relationship_manager_update_customer,
-    customer_relationship_manager_add_customer, customer_relationship_manager_delete_customer,
-)}
+TOOLS: dict[str, Tool] = {
+    run.__name__: _tool(run)
+    for run in (
+        company_directory_find_email_address,
+        email_get_email_information_by_id,
+        email_search_emails,
+        email_send_email,
+        email_delete_email,
+        email_forward_email,
+        email_reply_email,
+        calendar_get_event_information_by_id,
+        calendar_search_events,
+        calendar_create_event,
+        calendar_delete_event,
+        calendar_update_event,
+        analytics_get_visitor_information_by_id,
+        analytics_create_plot,
+        analytics_total_visits_count,
+        analytics_engaged_users_count,
+        analytics_traffic_source_count,
+        analytics_get_average_session_duration,
+        project_management_get_task_information_by_id,
+        project_management_search_tasks,
+        project_management_create_task,
+        project_management_delete_task,
+        project_management_update_task,
+        customer_relationship_manager_search_customers,
+        customer_relationship_manager_update_customer,
+        customer_relationship_manager_add_customer,
+        customer_relationship_manager_delete_customer,
+    )
+}

@@ -17,7 +17,7 @@ from m2rl.rollout.multi_turn import Conversation
 from m2rl.rollout.sharing import Sharing
 from m2rl.types import Prompt, Sample
 
-ASK_EVERY_S = 0.05  # how often a rank looks at what the others have finished
+ASK_EVERY_S = 0.05  # how often a rank asks what the others have finished; alone it need not ask
 
 
 class Progress(Protocol):
@@ -143,7 +143,7 @@ def collect(
         for finished in engine.poll():
             finish(finished)
         settle(0.0)
-        if carry is not None and dealt and time.monotonic() - asked > ASK_EVERY_S:
+        if carry is not None and dealt and (sharing.engines == 1 or time.monotonic() - asked > ASK_EVERY_S):
             asked = time.monotonic()
             if carry.enough(sharing, len(prompts)):
                 for finished in engine.cancel(range(len(flying))):

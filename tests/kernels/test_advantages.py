@@ -10,8 +10,9 @@ from m2rl_kernels.advantages import MODES, group_advantages_op, group_advantages
 NAN = float("nan")
 groups_of_rewards = st.lists(
     st.lists(st.one_of(st.just(NAN), st.sampled_from([0.0, 1.0]), st.floats(-100, 100, width=32)), max_size=9),
-                             min_size=1,
-    max_size=8)
+    min_size=1,
+    max_size=8,
+)
 
 
 def flat(groups, dtype=torch.float64):
@@ -85,8 +86,9 @@ def test_groups_do_not_see_each_other():
     rewards, offsets = flat([[0, 1, 1], [1e6, -1e6], [0.5, 0.25]])
     for mode in ("grpo", "dr_grpo", "rloo"):
         together = group_advantages(rewards, offsets, mode).adv
-        alone = [group_advantages(rewards[a:b], torch.tensor([0, b - a]), mode).adv
-                 for a, b in ((0, 3), (3, 5), (5, 7))]
+        alone = [
+            group_advantages(rewards[a:b], torch.tensor([0, b - a]), mode).adv for a, b in ((0, 3), (3, 5), (5, 7))
+        ]
         assert torch.equal(together, torch.cat(alone))
 
 
@@ -98,16 +100,19 @@ def test_broadcast_to_tokens():
     assert torch.equal(got.token_adv, group_advantages(rewards, offsets, cu_seqlens=cu, total_tokens=10).token_adv)
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"rewards": torch.zeros(4, dtype=torch.int64)}, "rewards must be float32 or float64"),
-    ({"mode": "mean"}, "mode must be one of grpo, dr_grpo, rloo, batch_std, got 'mean'"),
-    ({"eps": -1.0}, "eps must be at least 0"), ({"group_offsets": torch.tensor([0, 3])},
-                                                "group_offsets must rise from 0 to 4"),
-    ({"group_offsets": torch.tensor([0, 3, 2, 4])}, "group_offsets must rise"),
-    ({"group_offsets": torch.tensor([0.0, 4.0])}, "group_offsets must be int32 or int64"),
-    ({"cu_seqlens": torch.tensor([0, 1, 2])}, "cu_seqlens must have S.1 = 5 entries"),
-    ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4]), "total_tokens": 9}, "cu_seqlens must rise from 0 to 9"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"rewards": torch.zeros(4, dtype=torch.int64)}, "rewards must be float32 or float64"),
+        ({"mode": "mean"}, "mode must be one of grpo, dr_grpo, rloo, batch_std, got 'mean'"),
+        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"group_offsets": torch.tensor([0, 3])}, "group_offsets must rise from 0 to 4"),
+        ({"group_offsets": torch.tensor([0, 3, 2, 4])}, "group_offsets must rise"),
+        ({"group_offsets": torch.tensor([0.0, 4.0])}, "group_offsets must be int32 or int64"),
+        ({"cu_seqlens": torch.tensor([0, 1, 2])}, "cu_seqlens must have S.1 = 5 entries"),
+        ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4]), "total_tokens": 9}, "cu_seqlens must rise from 0 to 9"),
+    ],
+)
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(**{"rewards": torch.zeros(4), "group_offsets": torch.tensor([0, 4]), **change})

@@ -10,7 +10,8 @@ from m2rl_kernels import gather_rows, pack, plan_packing, unpack
 from m2rl_kernels.packing import gather_rows_op, pack_ref, plan_packing_ref, scatter_rows_op, sequence_costs
 
 lengths_and_limit = st.integers(1, 60).flatmap(
-    lambda limit: st.tuples(st.lists(st.integers(0, limit), max_size=40), st.just(limit)))
+    lambda limit: st.tuples(st.lists(st.integers(0, limit), max_size=40), st.just(limit))
+)
 costs = st.tuples(st.integers(0, 3), st.integers(0, 2))
 
 
@@ -76,15 +77,21 @@ def test_ranks_without_work_get_an_empty_bin():
     assert plan_packing([], 8, world_size=3).bins_per_rank == 1 and plan_packing([], 8).bin(0, 0).max_seqlen == 0
 
 
-@pytest.mark.parametrize("kwargs,message", [
-    ({"lengths": [3, 9, 12], "max_tokens": 8}, r"lengths must be in \[0, max_tokens\] = \[0, 8\], got 9 at index 1, "),
-    ({"lengths": [-1], "max_tokens": 8}, "got -1 at index 0"),
-    ({"lengths": [1.5], "max_tokens": 8}, "lengths must be integers"),
-    ({"lengths": [1], "max_tokens": 0}, "max_tokens must be in"),
-    ({"lengths": [1], "max_tokens": 2**31}, "max_tokens must be in"),
-    ({"lengths": [1], "max_tokens": 8, "world_size": 0}, "world_size must be at least 1, got 0"),
-    ({"lengths": [1], "max_tokens": 8, "cost": (1, -1)}, "cost must be two finite numbers"),
-])
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        (
+            {"lengths": [3, 9, 12], "max_tokens": 8},
+            r"lengths must be in \[0, max_tokens\] = \[0, 8\], got 9 at index 1, ",
+        ),
+        ({"lengths": [-1], "max_tokens": 8}, "got -1 at index 0"),
+        ({"lengths": [1.5], "max_tokens": 8}, "lengths must be integers"),
+        ({"lengths": [1], "max_tokens": 0}, "max_tokens must be in"),
+        ({"lengths": [1], "max_tokens": 2**31}, "max_tokens must be in"),
+        ({"lengths": [1], "max_tokens": 8, "world_size": 0}, "world_size must be at least 1, got 0"),
+        ({"lengths": [1], "max_tokens": 8, "cost": (1, -1)}, "cost must be two finite numbers"),
+    ],
+)
 def test_wrong_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         plan_packing(**kwargs)
@@ -99,8 +106,12 @@ def test_unpack_inverts_pack_bitwise(case, world_size):
     lengths, limit = case
     total = sum(lengths)
     g = torch.Generator().manual_seed(total)
-    fields = {"ids": torch.randint(0, 1 << 40, (total,), generator=g), "mask": torch.rand(total, generator=g) > 0.5,
-              "logp": torch.randn(total, generator=g), "hidden": torch.randn(total, 3, generator=g).bfloat16()}
+    fields = {
+        "ids": torch.randint(0, 1 << 40, (total,), generator=g),
+        "mask": torch.rand(total, generator=g) > 0.5,
+        "logp": torch.randn(total, generator=g),
+        "hidden": torch.randn(total, 3, generator=g).bfloat16(),
+    }
     plan = plan_packing(lengths, limit, world_size)
     back = {k: torch.empty_like(v).fill_(1) for k, v in fields.items()}
     for r in range(world_size):
@@ -166,8 +177,11 @@ def test_gather_rows_and_its_gradient():
     expected = torch.zeros(9, 4)
     expected[rows] = upstream
     assert torch.equal(y, x[rows]) and torch.equal(x.grad, expected)
-    for bad, message in ((torch.tensor([1, 1]), "different"), (torch.tensor([1.0]), "rows must be int64"),
-                         (torch.tensor([9]), r"rows must be in \[0, T\) = \[0, 9\)")):
+    for bad, message in (
+        (torch.tensor([1, 1]), "different"),
+        (torch.tensor([1.0]), "rows must be int64"),
+        (torch.tensor([9]), r"rows must be in \[0, T\) = \[0, 9\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             gather_rows(x, bad)
 

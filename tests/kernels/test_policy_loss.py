@@ -13,8 +13,15 @@ CU = torch.tensor([0, 3, 3, 10, 64], dtype=torch.int32)
 def make(seed=0, N=64, dtype=torch.float32, spread=0.4):
     g = torch.Generator().manual_seed(seed)
     f = lambda: torch.randn(N, generator=g, dtype=torch.float64).mul(spread).sub(1).to(dtype)  # noqa: E731
-    x = {"logp": f(), "behaviour": f(), "old": f(), "ref": f(), "entropy": -f(), "advantage": f() + 1,
-         "weight": torch.rand(N, generator=g, dtype=torch.float64).to(dtype)}
+    x = {
+        "logp": f(),
+        "behaviour": f(),
+        "old": f(),
+        "ref": f(),
+        "entropy": -f(),
+        "advantage": f() + 1,
+        "weight": torch.rand(N, generator=g, dtype=torch.float64).to(dtype),
+    }
     x["weight"][::7] = 0
     return x
 
@@ -22,9 +29,16 @@ def make(seed=0, N=64, dtype=torch.float32, spread=0.4):
 def run(x, *, on_policy=False, **options):
     """(loss, stats, grad_logp, grad_entropy)"""
     logp, entropy = x["logp"].clone().requires_grad_(), x["entropy"].clone().requires_grad_()
-    loss, stats = policy_loss(logp, x["behaviour"], x["advantage"], x["weight"],
-                              old_logp=None if on_policy else x["old"],
-                              ref_logp=x["ref"], entropy=entropy, **options)
+    loss, stats = policy_loss(
+        logp,
+        x["behaviour"],
+        x["advantage"],
+        x["weight"],
+        old_logp=None if on_policy else x["old"],
+        ref_logp=x["ref"],
+        entropy=entropy,
+        **options,
+    )
     loss.backward()
     return loss.detach(), stats, logp.grad, torch.zeros_like(logp) if entropy.grad is None else entropy.grad
 
@@ -38,9 +52,18 @@ def double(x):
 def test_loss_gradients_and_statistics_equal_autograd_of_the_float64_definition(kind, kl, on_policy):
     segment = torch.randint(-1, 3, (64,), generator=torch.Generator().manual_seed(1))
     for dual_clip, tis_cap in ((None, 2.0), (1.5, 1.1), (3.0, None)):
-        options = {"kind": kind, "kl": kl, "kl_coef": 0.3, "entropy_coef": 0.1, "cu_seqlens": CU,
-                   "dual_clip": dual_clip, "tis_cap": tis_cap,
-                       "segment": segment, "n_segments": 3, "on_policy": on_policy}
+        options = {
+            "kind": kind,
+            "kl": kl,
+            "kl_coef": 0.3,
+            "entropy_coef": 0.1,
+            "cu_seqlens": CU,
+            "dual_clip": dual_clip,
+            "tis_cap": tis_cap,
+            "segment": segment,
+            "n_segments": 3,
+            "on_policy": on_policy,
+        }
         x = make()
         for got, exact in zip(run(x, **options), run(double(x), **options)):
             assert (got - exact).abs().max() <= 1e-6 * exact.abs().max().clamp(min=1), (dual_clip, tis_cap)
@@ -53,9 +76,19 @@ def test_the_definition_passes_gradcheck(kind):
 
     def f(logp, entropy):
         # a factor that autograd is told to leave alone must not move under the finite difference either
-        return policy_loss_ref(logp, x["behaviour"], x["advantage"], x["weight"], x["old"], x["ref"], kind="grpo" if
-                               kind == "cispo" else kind, kl_coef=0.2, entropy=entropy, entropy_coef=0.1,
-                               cu_seqlens=cu)[0]
+        return policy_loss_ref(
+            logp,
+            x["behaviour"],
+            x["advantage"],
+            x["weight"],
+            x["old"],
+            x["ref"],
+            kind="grpo" if kind == "cispo" else kind,
+            kl_coef=0.2,
+            entropy=entropy,
+            entropy_coef=0.1,
+            cu_seqlens=cu,
+        )[0]
 
     assert torch.autograd.gradcheck(f, (x["logp"].requires_grad_(), x["entropy"].requires_grad_()))
 
@@ -90,9 +123,18 @@ def test_agrees_with_trls_formula(kind):
     b = x["logp"].clone().float().requires_grad_()
     f = {k: v.float() for k, v in x.items()}
     bounds = {"eps_low": 1.0, "eps_high": 4.0} if kind == "cispo" else {"eps_low": 0.2, "eps_high": 0.28}
-    loss, _ = policy_loss(b, f["behaviour"], f["advantage"], torch.full((64,), 1 / 64), old_logp=f["old"],
-    ref_logp=f["ref"],
-                          kind=kind, kl_coef=0.04, cu_seqlens=CU, **bounds)
+    loss, _ = policy_loss(
+        b,
+        f["behaviour"],
+        f["advantage"],
+        torch.full((64,), 1 / 64),
+        old_logp=f["old"],
+        ref_logp=f["ref"],
+        kind=kind,
+        kl_coef=0.04,
+        cu_seqlens=CU,
+        **bounds,
+    )
     loss.backward()
     assert (b.grad - a.grad).abs().max() <= 1e-7
 
@@ -119,8 +161,11 @@ def test_a_token_of_weight_zero_adds_exactly_nothing(kind):
     for name in ("advantage", "ref", "entropy"):
         x[name][::7] = float("nan")
     dirty = run(x, kind=kind, on_policy=True, kl_coef=0.1, entropy_coef=0.1, cu_seqlens=CU, tis_cap=None)
-    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[2], dirty[2]) and (dirty[2][::7] == 0).sum() >= (
-        10 if kind != "gspo" else 0)
+    assert (
+        torch.equal(clean[0], dirty[0])
+        and torch.equal(clean[2], dirty[2])
+        and (dirty[2][::7] == 0).sum() >= (10 if kind != "gspo" else 0)
+    )
 
 
 def test_strictly_on_policy_is_reinforce_in_its_gradient():
@@ -143,8 +188,17 @@ def test_importance_weights_are_capped_and_carry_no_gradient():
 def test_statistics_by_hand():
     logp = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     old = logp - torch.tensor([0.0, 0.5, -0.5, 3.0]).log1p()
-    loss, stats = policy_loss(logp, old - 0.1, torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.ones(4), old_logp=old,
-                              ref_logp=logp + 0.5, dual_clip=3.0, segment=torch.tensor([0, 0, 1, 1]), n_segments=2)
+    loss, stats = policy_loss(
+        logp,
+        old - 0.1,
+        torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        torch.ones(4),
+        old_logp=old,
+        ref_logp=logp + 0.5,
+        dual_clip=3.0,
+        segment=torch.tensor([0, 0, 1, 1]),
+        n_segments=2,
+    )
     first, second = (dict(zip(STATS, row)) for row in stats.tolist())
     assert first["count"] == 2 and first["clip"] == 1 and second["clip"] == 2  # 1.5 > 1.28; 0.5 < 0.8; 4 > 3
     assert first["ratio"] == pytest.approx(2.5) and second["ratio"] == pytest.approx(4.5)
@@ -180,16 +234,27 @@ def test_repeated_runs_are_bitwise_equal():
         assert all(torch.equal(p, q) for p, q in zip(a, b))
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"kind": "ppo"}, "kind must be one of"), ({"kl": "k4"}, "kl must be one of k1, k2, k3, got 'k4'"),
-    ({"eps_low": 1.5}, "eps_low must be in"), ({"dual_clip": 0.5}, "dual_clip must be None or above 1, got 0.5"),
-    ({"tis_cap": 0.0}, "tis_cap must be None or above 0"), ({"kl_coef": 0.1}, "kl_coef must be 0 without ref_logp"),
-    ({"entropy_coef": 0.1}, "entropy_coef must be 0 without entropy"), ({"kind": "gspo"}, "cu_seqlens must be given"),
-    ({"kind": "gspo", "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "cu_seqlens must rise from 0 to N = 8"),
-    ({"segment": torch.zeros(8)}, "segment must be int64"), ({"n_segments": 0}, "n_segments must be at least 1"),
-    ({"old_logp": torch.zeros(7)}, "old_logp must have the shape of logp"),
-    ({"ref_logp": torch.zeros(8).double()}, "ref_logp must have the dtype of logp"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"kind": "ppo"}, "kind must be one of"),
+        ({"kl": "k4"}, "kl must be one of k1, k2, k3, got 'k4'"),
+        ({"eps_low": 1.5}, "eps_low must be in"),
+        ({"dual_clip": 0.5}, "dual_clip must be None or above 1, got 0.5"),
+        ({"tis_cap": 0.0}, "tis_cap must be None or above 0"),
+        ({"kl_coef": 0.1}, "kl_coef must be 0 without ref_logp"),
+        ({"entropy_coef": 0.1}, "entropy_coef must be 0 without entropy"),
+        ({"kind": "gspo"}, "cu_seqlens must be given"),
+        (
+            {"kind": "gspo", "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)},
+            "cu_seqlens must rise from 0 to N = 8",
+        ),
+        ({"segment": torch.zeros(8)}, "segment must be int64"),
+        ({"n_segments": 0}, "n_segments must be at least 1"),
+        ({"old_logp": torch.zeros(7)}, "old_logp must have the shape of logp"),
+        ({"ref_logp": torch.zeros(8).double()}, "ref_logp must have the dtype of logp"),
+    ],
+)
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         policy_loss(torch.zeros(8), torch.zeros(8), torch.zeros(8), torch.zeros(8), **change)
@@ -198,8 +263,24 @@ def test_wrong_arguments_are_named(change, message):
 def test_registered_operation_passes_opcheck():
     x = make(N=16)
     for kind in ("grpo", "gspo"):
-        args = (x["logp"].requires_grad_(), x["behaviour"], x["advantage"], x["weight"], x["old"], x["ref"],
-                x["entropy"].requires_grad_(), torch.tensor([0, 16], dtype=torch.int32), None, kind, 0.2, 0.28, None,
-                2.0,
-                "k3", 0.1, 0.1, 1)
+        args = (
+            x["logp"].requires_grad_(),
+            x["behaviour"],
+            x["advantage"],
+            x["weight"],
+            x["old"],
+            x["ref"],
+            x["entropy"].requires_grad_(),
+            torch.tensor([0, 16], dtype=torch.int32),
+            None,
+            kind,
+            0.2,
+            0.28,
+            None,
+            2.0,
+            "k3",
+            0.1,
+            0.1,
+            1,
+        )
         torch.library.opcheck(policy_loss_fwd, args)

@@ -18,8 +18,13 @@ REGISTERS_PER_THREAD = 255
 
 def test_interpreted_kernels_agree_with_the_cpu_paths():
     script = Path(__file__).parents[1] / "support" / "interpret_small_kernels.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr
 
 
@@ -27,25 +32,64 @@ def policy_loss_source(kind: str):
     from m2rl_kernels.policy_loss import STATS
     from m2rl_kernels.policy_loss_triton import BLOCK, NUM_WARPS, policy_loss_kernel
 
-    types = dict.fromkeys(["logp", "behaviour", "advantage", "weight", "old", "ref", "entropy", "grad_logp",
-                           "grad_entropy", "partial", "loss", "stats"],
-                          "*fp32") | {"cu_seqlens": "*i32", "segment": "*i64", "ticket": "*i32", "N": "i32",
-                                      "n_segments": "i32"}
+    types = dict.fromkeys(
+        [
+            "logp",
+            "behaviour",
+            "advantage",
+            "weight",
+            "old",
+            "ref",
+            "entropy",
+            "grad_logp",
+            "grad_entropy",
+            "partial",
+            "loss",
+            "stats",
+        ],
+        "*fp32",
+    ) | {"cu_seqlens": "*i32", "segment": "*i64", "ticket": "*i32", "N": "i32", "n_segments": "i32"}
     types |= dict.fromkeys(["eps_low", "eps_high", "dual_clip", "tis_cap", "kl_coef", "entropy_coef"], "fp32")
-    constants = {"KIND": kind, "KL": "k3", "BEHAVIOUR": True, "OLD": True, "REF": True, "ENTROPY": True,
-                 "ENTROPY_GRAD": True, "SEGMENT": True,
-                     "DUAL": True, "TIS": True, "ROWS": 8, "BLOCK": BLOCK, "STATS": len(STATS), "CHUNK": 32}
+    constants = {
+        "KIND": kind,
+        "KL": "k3",
+        "BEHAVIOUR": True,
+        "OLD": True,
+        "REF": True,
+        "ENTROPY": True,
+        "ENTROPY_GRAD": True,
+        "SEGMENT": True,
+        "DUAL": True,
+        "TIS": True,
+        "ROWS": 8,
+        "BLOCK": BLOCK,
+        "STATS": len(STATS),
+        "CHUNK": 32,
+    }
     return policy_loss_kernel, types, constants, NUM_WARPS
 
 
 def advantages_source(mode: str):
     from m2rl_kernels.advantages_triton import BLOCK, NUM_WARPS, TOKENS, group_advantages_kernel
 
-    types = {"rewards": "*fp32", "offsets": "*i64", "cu_seqlens": "*i32", "batch_std": "*fp64", "adv": "*fp32",
-             "mean_out": "*fp32",
-                 "std_out": "*fp32", "live": "*i1", "token_adv": "*fp32", "eps": "fp32"}
-    return group_advantages_kernel, types, {"MODE": mode, "BROADCAST": True, "BLOCK": BLOCK,
-                                            "TOKENS": TOKENS}, NUM_WARPS
+    types = {
+        "rewards": "*fp32",
+        "offsets": "*i64",
+        "cu_seqlens": "*i32",
+        "batch_std": "*fp64",
+        "adv": "*fp32",
+        "mean_out": "*fp32",
+        "std_out": "*fp32",
+        "live": "*i1",
+        "token_adv": "*fp32",
+        "eps": "fp32",
+    }
+    return (
+        group_advantages_kernel,
+        types,
+        {"MODE": mode, "BROADCAST": True, "BLOCK": BLOCK, "TOKENS": TOKENS},
+        NUM_WARPS,
+    )
 
 
 def resources(kernel, types, constants, num_warps, capability) -> dict[str, int]:
@@ -58,18 +102,22 @@ def resources(kernel, types, constants, num_warps, capability) -> dict[str, int]
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"m2rl_small_{os.getpid()}.cubin"
     path.write_bytes(compiled.asm["cubin"])
     try:
-        text = subprocess.run([str(cuobjdump), "-res-usage", str(path)], capture_output=True, text=True,
-                              check=True).stdout
+        text = subprocess.run(
+            [str(cuobjdump), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
     finally:
         path.unlink()
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name,source", [
-    *((f"policy_loss {k}", lambda k=k: policy_loss_source(k)) for k in ("grpo", "gspo", "cispo", "reinforce")),
-    *((f"group_advantages {m}", lambda m=m: advantages_source(m)) for m in ("grpo", "batch_std")),
-])
+@pytest.mark.parametrize(
+    "name,source",
+    [
+        *((f"policy_loss {k}", lambda k=k: policy_loss_source(k)) for k in ("grpo", "gspo", "cispo", "reinforce")),
+        *((f"group_advantages {m}", lambda m=m: advantages_source(m)) for m in ("grpo", "batch_std")),
+    ],
+)
 def test_compiles_without_spills(name, source, capability):
     used = resources(*source(), capability)
     print(f"{name} sm_{capability}: {used}")

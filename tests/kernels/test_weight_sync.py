@@ -29,9 +29,13 @@ def model(name, dtype=torch.float32, seed=0):
         shapes[p + "self_attn.o_proj.weight"] = (H, heads * d)
         if norms:
             shapes |= {p + "self_attn.q_norm.weight": (d,), p + "self_attn.k_norm.weight": (d,)}
-        shapes |= {p + "mlp.gate_proj.weight": (inner, H), p + "mlp.up_proj.weight": (inner, H),
-                   p + "mlp.down_proj.weight": (H, inner), p + "input_layernorm.weight": (H,),
-                   p + "post_attention_layernorm.weight": (H,)}
+        shapes |= {
+            p + "mlp.gate_proj.weight": (inner, H),
+            p + "mlp.up_proj.weight": (inner, H),
+            p + "mlp.down_proj.weight": (H, inner),
+            p + "input_layernorm.weight": (H,),
+            p + "post_attention_layernorm.weight": (H,),
+        }
     shapes["model.norm.weight"] = (H,)
     if not tied:
         shapes["lm_head.weight"] = (V, H)
@@ -103,8 +107,10 @@ def simulate(plans, hf, world):
 
 
 def same(a, b):
-    return torch.equal(a.view(torch.int16 if a.element_size() == 2 else torch.int32),
-                       b.view(torch.int16 if b.element_size() == 2 else torch.int32))
+    return torch.equal(
+        a.view(torch.int16 if a.element_size() == 2 else torch.int32),
+        b.view(torch.int16 if b.element_size() == 2 else torch.int32),
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,8 +120,10 @@ def test_every_rank_writes_exactly_what_the_engine_should_hold(name, tp):
         hf = model(name)
         wants = [engine(name, hf, tp, r % tp) for r in range(world)]
         storage = [empty_engine(w) for w in wants]
-        plans = [SyncPlan(hf, s, world_size=world, rank=r, tp_size=tp, tp_rank=r % tp, bucket_bytes=4096)
-                 for r, s in enumerate(storage)]
+        plans = [
+            SyncPlan(hf, s, world_size=world, rank=r, tp_size=tp, tp_rank=r % tp, bucket_bytes=4096)
+            for r, s in enumerate(storage)
+        ]
         assert world == 1 or len(plans[0].buckets) > 1
         for seed in (0, 1):  # twice: in place, and nothing left over from the first time
             hf = model(name, seed=seed)
@@ -176,15 +184,23 @@ def test_a_tied_head_may_share_storage_or_be_a_tensor_of_its_own():
         assert same(storage["model.embed_tokens.weight"], want["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("break_it,message", [
-    (lambda s, t: s.update({"model.extra.weight": torch.zeros(3)}), "source model.extra.weight .3. has no target"),
-    (lambda s, t: t.update({"model.ghost.weight": torch.zeros(3)}), "target model.ghost.weight .3. has no source"),
-    (lambda s, t: s.pop("model.layers.0.self_attn.k_proj.weight"), r"qkv_proj.weight needs .*k_proj.weight, which no"),
-    (lambda s, t: t.update({"model.norm.weight": torch.zeros(9)}), r"model.norm.weight \[24\] does not fit"),
-    (lambda s, t: s.update({"model.layers.0.mlp.down_proj.weight": torch.zeros(24, 41)}),
-     "down_proj.weight .24, 41. does not fit"),
-    (lambda s, t: s.update({"lm_head.weight": torch.zeros(151, 24)}), "source lm_head.weight .* has no target"),
-])
+@pytest.mark.parametrize(
+    "break_it,message",
+    [
+        (lambda s, t: s.update({"model.extra.weight": torch.zeros(3)}), "source model.extra.weight .3. has no target"),
+        (lambda s, t: t.update({"model.ghost.weight": torch.zeros(3)}), "target model.ghost.weight .3. has no source"),
+        (
+            lambda s, t: s.pop("model.layers.0.self_attn.k_proj.weight"),
+            r"qkv_proj.weight needs .*k_proj.weight, which no",
+        ),
+        (lambda s, t: t.update({"model.norm.weight": torch.zeros(9)}), r"model.norm.weight \[24\] does not fit"),
+        (
+            lambda s, t: s.update({"model.layers.0.mlp.down_proj.weight": torch.zeros(24, 41)}),
+            "down_proj.weight .24, 41. does not fit",
+        ),
+        (lambda s, t: s.update({"lm_head.weight": torch.zeros(151, 24)}), "source lm_head.weight .* has no target"),
+    ],
+)
 def test_what_does_not_map_is_named(break_it, message):
     hf = model("qwen3")
     storage = engine("qwen3", hf, 1, 0)
@@ -204,11 +220,14 @@ def test_a_checkpoint_fused_already_cannot_be_cut_for_tensor_parallelism():
         map_parameters({"a.qkv_proj.weight": (12, 2)}, {"a.qkv_proj.weight": (6, 2)}, tp_size=2)
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
-    ({"tp_rank": 1}, r"tp_rank must be in \[0, 1\), got 1"),
-    ({"bucket_bytes": 0}, "bucket_bytes must be above 0"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
+        ({"tp_rank": 1}, r"tp_rank must be in \[0, 1\), got 1"),
+        ({"bucket_bytes": 0}, "bucket_bytes must be above 0"),
+    ],
+)
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         SyncPlan({"a": (2, 2)}, {"a": torch.zeros(2, 2)}, **change)

@@ -86,13 +86,13 @@ def test_teachers_are_written_in_place_and_another_architecture_is_refused(tmp_p
 
 
 def user_toml(folder, divergence, **teachers):
-    domains = "".join(f'[[domain]]\nname = "{d}"\nquota = 2\nteacher = "{t}"\n' for d, t in teachers.items())
-    (folder / "my.toml").write_text(
-        f'name = "distilled"\nalgorithm = "distill"\nrun_dir = "{folder / "run"}"\n[model]\npath = "{folder / "model"}"\n'
-        f'[data]\neval = ["procedural"]\n{domains}[rollout]\nprompts_per_step = 4\ngroup_size = 32\nmax_prompt_tokens = 40\n'
-        'max_new_tokens = 24\n[objective]\naggregation = "domain"\n[optim]\nlr = 1e-3\n[train]\nsteps = 6\n'
-        f'tokens_per_bin = 4000\n[evaluation]\nk = 2\nproblems = 4\n[distill]\ndivergence = "{divergence}"\n'
-    )
+    lines = ['name = "distilled"', 'algorithm = "distill"', f'run_dir = "{folder / "run"}"']
+    lines += ["[model]", f'path = "{folder / "model"}"', "[data]", 'eval = ["procedural"]']
+    lines += [f'[[domain]]\nname = "{d}"\nquota = 2\nteacher = "{t}"' for d, t in teachers.items()]
+    lines += ["[rollout]", "prompts_per_step = 4", "group_size = 32", "max_prompt_tokens = 40", "max_new_tokens = 24"]
+    lines += ["[objective]", 'aggregation = "domain"', "[optim]", "lr = 1e-3", "[train]", "steps = 6"]
+    lines += ["tokens_per_bin = 4000", "[evaluation]", "k = 2", "problems = 4", "[distill]"]
+    (folder / "my.toml").write_text("\n".join([*lines, f'divergence = "{divergence}"']))
     return str(folder / "my.toml")
 
 

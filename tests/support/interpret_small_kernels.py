@@ -26,11 +26,25 @@ def policy_losses():
             weight[::5] = 0
             options = (1.5, 2.0) if on_policy else (None, None)
             segment = None if on_policy else torch.randint(-1, 3, (N,), generator=g)
-            args = (f(), None if kl == "k1" else f(), f() + 1, weight, None if on_policy else f(),
-                    None if kl == "k2" else f(),
-                    None if kl == "k3" else f(), torch.tensor(cu, dtype=torch.int32) if kind == "gspo" else None,
-                    segment,
-                    kind, 0.2, 0.28, *options, kl, 0.0 if kl == "k2" else 0.3, 0.0 if kl == "k3" else 0.1, 3)
+            args = (
+                f(),
+                None if kl == "k1" else f(),
+                f() + 1,
+                weight,
+                None if on_policy else f(),
+                None if kl == "k2" else f(),
+                None if kl == "k3" else f(),
+                torch.tensor(cu, dtype=torch.int32) if kind == "gspo" else None,
+                segment,
+                kind,
+                0.2,
+                0.28,
+                *options,
+                kl,
+                0.0 if kl == "k2" else 0.3,
+                0.0 if kl == "k3" else 0.1,
+                3,
+            )
             want = policy_loss_cpu(*args)
             got = policy_loss_triton.policy_loss_triton(*args, len(STATS))
             again = policy_loss_triton.policy_loss_triton(*args, len(STATS))
@@ -47,8 +61,26 @@ def poisoned_dead_tokens():
     weight[1::2] = 0
     bad = torch.where(weight == 0, nan, torch.ones(600))
     loss, _, grad, _ = policy_loss_triton.policy_loss_triton(
-        logp, None, bad, weight, None, bad, None, None, None, "grpo", 0.2, 0.28, None, 2.0, "k3", 0.1, 0.0, 1,
-                                                             len(STATS))
+        logp,
+        None,
+        bad,
+        weight,
+        None,
+        bad,
+        None,
+        None,
+        None,
+        "grpo",
+        0.2,
+        0.28,
+        None,
+        2.0,
+        "k3",
+        0.1,
+        0.0,
+        1,
+        len(STATS),
+    )
     assert loss.isfinite() and grad.isfinite().all() and not grad[1::2].any()
 
 

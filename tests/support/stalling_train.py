@@ -1,4 +1,4 @@
-"""m2rl.train with a vLLM that stops answering once it holds weights of version VERSION: stalling_train.py VERSION ..."""
+"""stalling_train.py VERSION ...: m2rl.train with a vLLM that stops answering once it holds weights of that version."""
 
 import sys
 import time

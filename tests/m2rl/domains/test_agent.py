@@ -44,16 +44,28 @@ def world(office_folder: Path) -> World:
 def schema_of(name: str) -> dict:
     """An OpenAI function schema for one of the workplace's tools, in the flat form of the blend."""
     parameters = workplace.TOOLS[name].parameters
-    return {"type": "function", "name": name, "description": f"Does {name}.", "strict": False, "parameters": {
-        "type": "object", "additionalProperties": False,
-        "properties": {k: {"type": "integer" if p.annotation == "int" else "string"} for k, p in parameters.items()},
-        "required": [k for k, p in parameters.items() if p.default is p.empty]}}
+    return {
+        "type": "function",
+        "name": name,
+        "description": f"Does {name}.",
+        "strict": False,
+        "parameters": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                k: {"type": "integer" if p.annotation == "int" else "string"} for k, p in parameters.items()
+            },
+            "required": [k for k, p in parameters.items() if p.default is p.empty],
+        },
+    }
 
 
 TOOLS = [schema_of(name) for name in workplace.TOOLS]
 SEND = ("email_send_email", {"recipient": "bo@office.example", "subject": "Hi", "body": "There"})
-PLOT = ("analytics_create_plot", {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "user_engaged",
-                                  "plot_type": "bar"})
+PLOT = (
+    "analytics_create_plot",
+    {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "user_engaged", "plot_type": "bar"},
+)
 
 
 def write(*calls: tuple[str, dict]) -> str:
@@ -74,45 +86,59 @@ def play(world: World, row: dict, *turns: str):
 # ---- parsing ----
 
 
-@pytest.mark.parametrize(("text", "calls"), [
-    ("All done.", []),
-    ("", []),
-    ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', [("f", {"a": 1})]),
-    ('Let me.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>', [("f", {})]),
-    ('<tool_call>{"name":"f","arguments":null}</tool_call> <tool_call>{"name":"g","parameters":{"b":1}}</tool_call>',
-     [("f", {}), ("g", {"b": 1})]),
-    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"b\\"}"}</tool_call>', [("f", {"a": "b"})]),
-    ('<tool_call>{"name": "f", "arguments": {"a": "two\nlines </tool_call> <tool_call>"}}</tool_call>',
-     [("f", {"a": "two\nlines </tool_call> <tool_call>"})]),
-    ('<think>Maybe <tool_call>{broken</think>\n\n<tool_call>{"name": "f", "arguments": {"é": "日本"}}</tool_call>',
-     [("f", {"é": "日本"})]),
-    ('<think><tool_call>{"name": "f"}</tool_call></think>Nothing to do.', []),
-    ("</tool_call> alone", []),
-])
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("All done.", []),
+        ("", []),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', [("f", {"a": 1})]),
+        ('Let me.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>', [("f", {})]),
+        (
+            '<tool_call>{"name":"f","arguments":null}</tool_call>'
+            ' <tool_call>{"name":"g","parameters":{"b":1}}</tool_call>',
+            [("f", {}), ("g", {"b": 1})],
+        ),
+        ('<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"b\\"}"}</tool_call>', [("f", {"a": "b"})]),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": "two\nlines </tool_call> <tool_call>"}}</tool_call>',
+            [("f", {"a": "two\nlines </tool_call> <tool_call>"})],
+        ),
+        (
+            "<think>Maybe <tool_call>{broken</think>\n\n"
+            '<tool_call>{"name": "f", "arguments": {"é": "日本"}}</tool_call>',
+            [("f", {"é": "日本"})],
+        ),
+        ('<think><tool_call>{"name": "f"}</tool_call></think>Nothing to do.', []),
+        ("</tool_call> alone", []),
+    ],
+)
 def test_calls_are_read(text: str, calls: list):
     assert parse_tool_calls(text) == [ToolCall(n, a) for n, a in calls]
 
 
-@pytest.mark.parametrize("text", [
-    '<tool_call>{"name": "f", "arguments": {"a": 1}',
-    '<tool_call>{"name": "f", "arguments": {"a": 1}}',
-    '<tool_call>{"name": "f", "arguments": {"a": 1}}<tool_call>',
-    "<tool_call></tool_call>",
-    "<tool_call>f(a=1)</tool_call>",
-    "<tool_call>{'name': 'f'}</tool_call>",
-    '<tool_call>[{"name": "f"}]</tool_call>',
-    '<tool_call>{"arguments": {}}</tool_call>',
-    '<tool_call>{"name": 3}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": "a=1"}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\\\ud800\\"}"}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}</tool_call>",
-    '<tool_call>{"name": "f", "arguments": ' + "[" * 100_000,
-    '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g",}</tool_call>',
-    '<tool_call>{"name": "f"}</tool_call>' * (MAX_CALLS_PER_TURN + 1),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"name": "f", "arguments": {"a": 1}',
+        '<tool_call>{"name": "f", "arguments": {"a": 1}}',
+        '<tool_call>{"name": "f", "arguments": {"a": 1}}<tool_call>',
+        "<tool_call></tool_call>",
+        "<tool_call>f(a=1)</tool_call>",
+        "<tool_call>{'name': 'f'}</tool_call>",
+        '<tool_call>[{"name": "f"}]</tool_call>',
+        '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": 3}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "a=1"}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\\\ud800\\"}"}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}</tool_call>",
+        '<tool_call>{"name": "f", "arguments": ' + "[" * 100_000,
+        '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g",}</tool_call>',
+        '<tool_call>{"name": "f"}</tool_call>' * (MAX_CALLS_PER_TURN + 1),
+    ],
+)
 def test_malformed_calls_end_the_episode_unparsed(text: str, world: World):
     with pytest.raises(MalformedCall):
         parse_tool_calls(text)
@@ -127,14 +153,31 @@ def test_nothing_of_a_turn_runs_if_one_of_its_calls_is_malformed(world: World):
     assert workplace.differences(episode.state, State(world)) == []
 
 
-@pytest.mark.parametrize(("arguments", "part"), [
-    ({"n": 1}, "missing"), ({"s": "a", "x": 1}, "unexpected"), ({"s": 1}, "string"), ({"s": "a", "n": "1"}, "integer"),
-    ({"s": "a", "n": True}, "integer"), ({"s": "a", "e": "blue"}, "red, green"), ({"s": "a", "o": 3}, "string or null"),
-    ({"s": "a", "n": 2, "e": "red", "o": None, "free": object()}, ""), ({"s": None}, "missing"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"n": 1}, "missing"),
+        ({"s": "a", "x": 1}, "unexpected"),
+        ({"s": 1}, "string"),
+        ({"s": "a", "n": "1"}, "integer"),
+        ({"s": "a", "n": True}, "integer"),
+        ({"s": "a", "e": "blue"}, "red, green"),
+        ({"s": "a", "o": 3}, "string or null"),
+        ({"s": "a", "n": 2, "e": "red", "o": None, "free": object()}, ""),
+        ({"s": None}, "missing"),
+    ],
+)
 def test_arguments_are_held_against_the_schema(arguments: dict, part: str):
-    schema = {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}, "e": {"enum": ["red", "green"]},
-                             "o": {"type": ["string", "null"]}, "free": {}}, "required": ["s"]}
+    schema = {
+        "properties": {
+            "s": {"type": "string"},
+            "n": {"type": "integer"},
+            "e": {"enum": ["red", "green"]},
+            "o": {"type": ["string", "null"]},
+            "free": {},
+        },
+        "required": ["s"],
+    }
     error = argument_error(arguments, schema)
     assert part in error if part else error == ""
 
@@ -142,14 +185,29 @@ def test_arguments_are_held_against_the_schema(arguments: dict, part: str):
 def test_schemas_come_flat_or_nested():
     nested = [{"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} for tool in TOOLS]
     assert schemas(nested) == schemas(TOOLS)
-    padded = [{**tool, "parameters": {**tool["parameters"], "properties": {
-        **{k: {**v, "enum": None} for k, v in tool["parameters"]["properties"].items()}, "elsewhere": None}}}
-        for tool in TOOLS]  # as read from parquet
+    padded = [
+        {
+            **tool,
+            "parameters": {
+                **tool["parameters"],
+                "properties": {
+                    **{k: {**v, "enum": None} for k, v in tool["parameters"]["properties"].items()},
+                    "elsewhere": None,
+                },
+            },
+        }
+        for tool in TOOLS
+    ]  # as read from parquet
     assert [set(s["properties"]) for s in schemas(padded).values()] == [
-        set(s["properties"]) for s in schemas(TOOLS).values()]
+        set(s["properties"]) for s in schemas(TOOLS).values()
+    ]
     assert argument_error(SEND[1], schemas(padded)[SEND[0]]) == ""
-    bad_ones = [{"type": "function"}, {"name": "f", "parameters": {"properties": ["a"]}}, {"function": {"name": ""}},
-                "f"]
+    bad_ones = [
+        {"type": "function"},
+        {"name": "f", "parameters": {"properties": ["a"]}},
+        {"function": {"name": ""}},
+        "f",
+    ]
     for bad in [[one] for one in bad_ones]:
         with pytest.raises(InputError, match=r"tools\[0\]"):
             schemas(bad)
@@ -175,10 +233,15 @@ def test_several_calls_in_one_turn_are_answered_in_order(world: World):
     assert json.loads(seen.messages[0]["content"]) == ["ada.quill@office.example"]
 
 
-@pytest.mark.parametrize("turns", [
-    ["Done."], [write(SEND, SEND), "Done."], [write(PLOT), "Done."],
-    [write((SEND[0], {**SEND[1], "body": "Elsewhere"})), "Done."],
-])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Done."],
+        [write(SEND, SEND), "Done."],
+        [write(PLOT), "Done."],
+        [write((SEND[0], {**SEND[1], "body": "Elsewhere"})), "Done."],
+    ],
+)
 def test_too_little_too_much_or_something_else_is_wrong(turns: list, world: World):
     episode, _ = play(world, spec(SEND), *turns)
     verdict = episode.verdict()
@@ -189,17 +252,29 @@ def test_too_little_too_much_or_something_else_is_wrong(turns: list, world: Worl
 def test_another_way_to_the_same_state_scores_one(world: World):
     mail = world.tables["emails"][0]["email_id"]
     by_reply = write(("email_reply_email", {"email_id": mail, "body": "OK"}), PLOT)
-    by_hand = spec(PLOT, ("email_send_email", {
-        "recipient": world.tables["emails"][0]["sender/recipient"].upper(), "body": "ok",
-        "subject": f"re: {world.tables['emails'][0]['subject']}"}))
+    by_hand = spec(
+        PLOT,
+        (
+            "email_send_email",
+            {
+                "recipient": world.tables["emails"][0]["sender/recipient"].upper(),
+                "body": "ok",
+                "subject": f"re: {world.tables['emails'][0]['subject']}",
+            },
+        ),
+    )
     assert play(world, by_hand, by_reply, "Done.")[0].verdict().reward == 1.0
 
 
 def test_a_failing_call_goes_back_to_the_model_and_can_be_put_right(world: World):
-    wrong = [(("email_fly", {}), "no tool"), ((SEND[0], {**SEND[1], "cc": "x"}), "cc"),
-             ((SEND[0], {"body": "x"}), "missing"), ((SEND[0], {**SEND[1], "body": 3}), "string"),
-             ((SEND[0], {**SEND[1], "recipient": "bo"}), "address"),
-             (("email_search_emails", {"page": "1"}), "integer")]
+    wrong = [
+        (("email_fly", {}), "no tool"),
+        ((SEND[0], {**SEND[1], "cc": "x"}), "cc"),
+        ((SEND[0], {"body": "x"}), "missing"),
+        ((SEND[0], {**SEND[1], "body": 3}), "string"),
+        ((SEND[0], {**SEND[1], "recipient": "bo"}), "address"),
+        (("email_search_emails", {"page": "1"}), "integer"),
+    ]
     episode, seen = play(world, spec(SEND), write(*(call for call, _ in wrong)))
     for message, (_, part) in zip(seen.messages, wrong, strict=True):
         assert message["content"].startswith("Error: ")
@@ -255,6 +330,7 @@ def test_very_long_answers_are_withheld_but_the_calls_run(world: World):
 def test_a_defect_of_a_tool_costs_one_sample(world: World, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oops")
+
     monkeypatch.setattr(workplace, "call", broken)
     episode, seen = play(world, spec(), write(SEND))
     assert seen.reason == "error"
@@ -276,23 +352,30 @@ def test_ground_truth_comes_in_three_forms(world: World):
 
 def test_replay_equals_playing_the_same_calls(world: World):
     event = world.tables["calendar"][1]["event_id"]
-    calls = [SEND, PLOT, ("calendar_update_event", {"event_id": event, "field": "duration", "new_value": "15"}),
-             ("calendar_delete_event", {"event_id": "99999999"}),  # fails in both
-             ("calendar_delete_event", {"event_id": world.tables["calendar"][2]["event_id"]})]
+    calls = [
+        SEND,
+        PLOT,
+        ("calendar_update_event", {"event_id": event, "field": "duration", "new_value": "15"}),
+        ("calendar_delete_event", {"event_id": "99999999"}),  # fails in both
+        ("calendar_delete_event", {"event_id": world.tables["calendar"][2]["event_id"]}),
+    ]
     episode, _ = play(world, spec(*calls), write(*calls), "Done.")
     assert workplace.differences(episode.state, replay(ground_truth(spec(*calls)), world)) == []
     assert episode.verdict().reward == 1.0
 
 
-@pytest.mark.parametrize(("row", "part"), [
-    (spec(("calendar_delete_event", {"event_id": "99999999"})), r"ground_truth\[0\] calendar_delete_event fails"),
-    (spec(SEND, ("fly", {})), r"not among the row's tools"),
-    (spec((SEND[0], {**SEND[1], "cc": "x"})), r"cc"),
-    ({"tools": [{"name": "fly"}], "ground_truth": []}, "fly is not one of the 27"),
-    ({"tools": [], "ground_truth": [{"name": SEND[0], "arguments": SEND[1]}]}, "tools is empty"),
-    ({"tools": TOOLS, "ground_truth": "no"}, "not JSON"),
-    (spec(("company_directory_find_email_address", {"name": "ada"})), "changes nothing"),
-])
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        (spec(("calendar_delete_event", {"event_id": "99999999"})), r"ground_truth\[0\] calendar_delete_event fails"),
+        (spec(SEND, ("fly", {})), r"not among the row's tools"),
+        (spec((SEND[0], {**SEND[1], "cc": "x"})), r"cc"),
+        ({"tools": [{"name": "fly"}], "ground_truth": []}, "fly is not one of the 27"),
+        ({"tools": [], "ground_truth": [{"name": SEND[0], "arguments": SEND[1]}]}, "tools is empty"),
+        ({"tools": TOOLS, "ground_truth": "no"}, "not JSON"),
+        (spec(("company_directory_find_email_address", {"name": "ada"})), "changes nothing"),
+    ],
+)
 def test_lint_names_what_is_wrong_with_a_row(row: dict, part: str, world: World):
     assert any(re.search(part, problem) for problem in lint(row, world))
 
@@ -332,17 +415,38 @@ def test_verify_reads_turns_messages_and_chatml(office_folder: Path, world: Worl
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.one_of(
-    st.text(max_size=60),
-    st.builds(lambda a, b: f"<tool_call>{a}</tool_call>{b}", st.text(max_size=60), st.text(max_size=20)),
-    st.builds(lambda call: f"<tool_call>{json.dumps(call)}</tool_call>", st.dictionaries(
-        st.sampled_from(["name", "arguments", "parameters"]), st.recursive(
-            st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9),
-                      st.sampled_from(sorted(workplace.TOOLS))),
-            lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
-                st.sampled_from(["query", "page", "page_size", "name", "email_id", "field", "x"]), inner, max_size=4)),
-            max_leaves=6), max_size=3)),
-))
+@given(
+    text=st.one_of(
+        st.text(max_size=60),
+        st.builds(lambda a, b: f"<tool_call>{a}</tool_call>{b}", st.text(max_size=60), st.text(max_size=20)),
+        st.builds(
+            lambda call: f"<tool_call>{json.dumps(call)}</tool_call>",
+            st.dictionaries(
+                st.sampled_from(["name", "arguments", "parameters"]),
+                st.recursive(
+                    st.one_of(
+                        st.none(),
+                        st.booleans(),
+                        st.integers(),
+                        st.floats(),
+                        st.text(max_size=9),
+                        st.sampled_from(sorted(workplace.TOOLS)),
+                    ),
+                    lambda inner: st.one_of(
+                        st.lists(inner, max_size=3),
+                        st.dictionaries(
+                            st.sampled_from(["query", "page", "page_size", "name", "email_id", "field", "x"]),
+                            inner,
+                            max_size=4,
+                        ),
+                    ),
+                    max_leaves=6,
+                ),
+                max_size=3,
+            ),
+        ),
+    )
+)
 def test_no_text_crashes_an_episode(text: str, world: World):
     episode = Episode(spec(), world)
     seen = episode.step(text)

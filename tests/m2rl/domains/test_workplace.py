@@ -40,8 +40,14 @@ def first(state: State, table: str) -> dict:
 
 
 def test_there_are_27_tools_in_six_kits():
-    kits = {"company_directory": 1, "email": 6, "calendar": 5, "analytics": 6, "project_management": 5,
-            "customer_relationship_manager": 4}
+    kits = {
+        "company_directory": 1,
+        "email": 6,
+        "calendar": 5,
+        "analytics": 6,
+        "project_management": 5,
+        "customer_relationship_manager": 4,
+    }
     assert {kit: sum(name.startswith(kit + "_") for name in TOOLS) for kit in kits} == kits
     assert len(TOOLS) == 27
 
@@ -57,30 +63,52 @@ SUCCESSES = {
     "email_reply_email": ({"email_id": "$emails.email_id", "body": "Thanks"}, ["emails"]),
     "calendar_get_event_information_by_id": ({"event_id": "$calendar.event_id", "field": "duration"}, []),
     "calendar_search_events": ({"query": "otter", "time_min": "2023-09-01 00:00:00", "page_size": 3}, []),
-    "calendar_create_event": ({"event_name": "Tea", "participant_email": "Bo@office.example",
-                               "event_start": "2023-12-01 10:00:00", "duration": "30"}, ["calendar"]),
+    "calendar_create_event": (
+        {
+            "event_name": "Tea",
+            "participant_email": "Bo@office.example",
+            "event_start": "2023-12-01 10:00:00",
+            "duration": "30",
+        },
+        ["calendar"],
+    ),
     "calendar_delete_event": ({"event_id": "$calendar.event_id"}, ["calendar"]),
     "calendar_update_event": ({"event_id": "$calendar.event_id", "field": "duration", "new_value": "45"}, ["calendar"]),
     "analytics_get_visitor_information_by_id": ({"visitor_id": "$analytics.visitor_id"}, []),
-    "analytics_create_plot": ({"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "user_engaged",
-                               "plot_type": "bar"}, ["plots"]),
+    "analytics_create_plot": (
+        {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "user_engaged", "plot_type": "bar"},
+        ["plots"],
+    ),
     "analytics_total_visits_count": ({"time_min": "2023-10-01"}, []),
     "analytics_engaged_users_count": ({"time_max": "2023-10-31"}, []),
     "analytics_traffic_source_count": ({"traffic_source": "direct"}, []),
     "analytics_get_average_session_duration": ({}, []),
     "project_management_get_task_information_by_id": ({"task_id": "$tasks.task_id", "field": "board"}, []),
     "project_management_search_tasks": ({"board": "design", "task_name": "plan"}, []),
-    "project_management_create_task": ({"task_name": "Sweep", "assigned_to_email": "$tasks.assigned_to_email",
-                                        "list_name": "Backlog", "due_date": "2023-12-01", "board": "Design"},
-                                       ["tasks"]),
+    "project_management_create_task": (
+        {
+            "task_name": "Sweep",
+            "assigned_to_email": "$tasks.assigned_to_email",
+            "list_name": "Backlog",
+            "due_date": "2023-12-01",
+            "board": "Design",
+        },
+        ["tasks"],
+    ),
     "project_management_delete_task": ({"task_id": "$tasks.task_id"}, ["tasks"]),
-    "project_management_update_task": ({"task_id": "$tasks.task_id", "field": "task_name", "new_value": "Mop"},
-                                       ["tasks"]),
+    "project_management_update_task": (
+        {"task_id": "$tasks.task_id", "field": "task_name", "new_value": "Mop"},
+        ["tasks"],
+    ),
     "customer_relationship_manager_search_customers": ({"status": "won", "follow_up_by_min": "2023-09-15"}, []),
     "customer_relationship_manager_update_customer": (
-        {"customer_id": "$customers.customer_id", "field": "notes", "new_value": "Wrote"}, ["customers"]),
+        {"customer_id": "$customers.customer_id", "field": "notes", "new_value": "Wrote"},
+        ["customers"],
+    ),
     "customer_relationship_manager_add_customer": (
-        {"customer_name": "Ivy", "assigned_to_email": "Bo@office.example", "status": "Lead"}, ["customers"]),
+        {"customer_name": "Ivy", "assigned_to_email": "Bo@office.example", "status": "Lead"},
+        ["customers"],
+    ),
     "customer_relationship_manager_delete_customer": ({"customer_id": "$customers.customer_id"}, ["customers"]),
 }
 
@@ -102,19 +130,31 @@ ERRORS = [
     ("calendar_get_event_information_by_id", {"event_id": "$calendar.event_id", "field": "colour"}, "event_start"),
     ("calendar_search_events", {"time_max": "whenever"}, "time_max"),
     ("calendar_search_events", {"query": "a|" * 151}, "longer than"),
-    ("calendar_create_event", {"event_name": "Tea", "participant_email": "b@o.e", "event_start": "later",
-                               "duration": "30"}, "event_start"),
-    ("calendar_create_event", {"event_name": "Tea", "participant_email": "b@o.e", "event_start": "2023-12-01",
-                               "duration": "half"}, "minutes"),
+    (
+        "calendar_create_event",
+        {"event_name": "Tea", "participant_email": "b@o.e", "event_start": "later", "duration": "30"},
+        "event_start",
+    ),
+    (
+        "calendar_create_event",
+        {"event_name": "Tea", "participant_email": "b@o.e", "event_start": "2023-12-01", "duration": "half"},
+        "minutes",
+    ),
     ("calendar_delete_event", {"event_id": "99999999"}, "no event"),
     ("calendar_update_event", {"event_id": "$calendar.event_id", "field": "event_id", "new_value": "1"}, "field"),
     ("calendar_update_event", {"event_id": "$calendar.event_id", "field": "duration", "new_value": "-5"}, "above 0"),
     ("calendar_update_event", {"event_id": "99999999", "field": "duration", "new_value": "5"}, "no event"),
     ("analytics_get_visitor_information_by_id", {"visitor_id": "none"}, "no visitor"),
-    ("analytics_create_plot", {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "mood",
-                               "plot_type": "bar"}, "visits_direct"),
-    ("analytics_create_plot", {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "total_visits",
-                               "plot_type": "pie"}, "histogram"),
+    (
+        "analytics_create_plot",
+        {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "mood", "plot_type": "bar"},
+        "visits_direct",
+    ),
+    (
+        "analytics_create_plot",
+        {"time_min": "2023-10-01", "time_max": "2023-10-31", "value_to_plot": "total_visits", "plot_type": "pie"},
+        "histogram",
+    ),
     ("analytics_total_visits_count", {"time_min": 20231001}, "string"),
     ("analytics_engaged_users_count", {"day": "2023-10-01"}, "time_min"),
     ("analytics_traffic_source_count", {"traffic_source": ["direct"]}, "string"),
@@ -122,21 +162,41 @@ ERRORS = [
     ("project_management_get_task_information_by_id", {"task_id": "99999999", "field": "board"}, "no task"),
     ("project_management_search_tasks", {}, "at least one"),
     ("project_management_search_tasks", {"assigned_to_email": "bo"}, "address"),
-    ("project_management_create_task", {"task_name": "Sweep", "assigned_to_email": "no@one.example",
-                                        "list_name": "Backlog", "due_date": "2023-12-01", "board": "Design"},
-     "address"),
+    (
+        "project_management_create_task",
+        {
+            "task_name": "Sweep",
+            "assigned_to_email": "no@one.example",
+            "list_name": "Backlog",
+            "due_date": "2023-12-01",
+            "board": "Design",
+        },
+        "address",
+    ),
     ("project_management_delete_task", {"task_id": "99999999"}, "no task"),
     ("project_management_update_task", {"task_id": "$tasks.task_id", "field": "board", "new_value": "design"}, "Front"),
-    ("project_management_update_task",
-     {"task_id": "$tasks.task_id", "field": "list_name", "new_value": "Done"}, "Backlog"),
+    (
+        "project_management_update_task",
+        {"task_id": "$tasks.task_id", "field": "list_name", "new_value": "Done"},
+        "Backlog",
+    ),
     ("project_management_update_task", {"task_id": "$tasks.task_id", "field": "task_id", "new_value": "1"}, "field"),
     ("customer_relationship_manager_search_customers", {"page": 1}, "at least one"),
-    ("customer_relationship_manager_update_customer",
-     {"customer_id": "$customers.customer_id", "field": "status", "new_value": "won"}, "Won"),
-    ("customer_relationship_manager_update_customer",
-     {"customer_id": "$customers.customer_id", "field": "product_interest", "new_value": "Tea"}, "Training"),
-    ("customer_relationship_manager_update_customer",
-     {"customer_id": "99999999", "field": "status", "new_value": "Won"}, "no customer"),
+    (
+        "customer_relationship_manager_update_customer",
+        {"customer_id": "$customers.customer_id", "field": "status", "new_value": "won"},
+        "Won",
+    ),
+    (
+        "customer_relationship_manager_update_customer",
+        {"customer_id": "$customers.customer_id", "field": "product_interest", "new_value": "Tea"},
+        "Training",
+    ),
+    (
+        "customer_relationship_manager_update_customer",
+        {"customer_id": "99999999", "field": "status", "new_value": "Won"},
+        "no customer",
+    ),
     ("customer_relationship_manager_add_customer", {"customer_name": "Ivy", "status": "Lead"}, "assigned_to_email"),
     ("customer_relationship_manager_delete_customer", {"customer_id": "99999999"}, "no customer"),
     ("office_set_on_fire", {}, "no tool"),
@@ -149,6 +209,7 @@ def fill(arguments: dict, state: State) -> dict:
             table, column = v[1:].split(".")
             return first(state, table)[column]
         return v
+
     return {k: value(v) for k, v in arguments.items()}
 
 
@@ -179,25 +240,55 @@ def test_what_the_tools_write(state: State):
     call(state, "email_send_email", {"recipient": "Bo@Office.Example", "subject": "Hi", "body": "There"})
     sent = state.tables["emails"][-1]
     highest = max(int(row["email_id"]) for row in state.tables["emails"][:-1])
-    assert sent == {"email_id": str(highest + 1), "inbox/outbox": "outbox", "sender/recipient": "bo@office.example",
-                    "subject": "Hi", "sent_datetime": NOW, "body": "There"}
+    assert sent == {
+        "email_id": str(highest + 1),
+        "inbox/outbox": "outbox",
+        "sender/recipient": "bo@office.example",
+        "subject": "Hi",
+        "sent_datetime": NOW,
+        "body": "There",
+    }
     call(state, "email_forward_email", {"email_id": mail["email_id"], "recipient": "bo@office.example"})
     forwarded = state.tables["emails"][-1]
     assert (forwarded["subject"], forwarded["body"]) == (f"FW: {mail['subject']}", mail["body"])
     call(state, "email_reply_email", {"email_id": mail["email_id"], "body": "Thanks"})
     reply = state.tables["emails"][-1]
     assert (reply["subject"], reply["sender/recipient"]) == (f"RE: {mail['subject']}", mail["sender/recipient"])
-    new = call(state, "calendar_create_event", {"event_name": "Tea", "participant_email": "Bo@office.example",
-                                                "event_start": "2023-12-01 10:00:00", "duration": "30"})
+    new = call(
+        state,
+        "calendar_create_event",
+        {
+            "event_name": "Tea",
+            "participant_email": "Bo@office.example",
+            "event_start": "2023-12-01 10:00:00",
+            "duration": "30",
+        },
+    )
     assert new == "00000040"
     assert state.tables["calendar"][-1] == {
-        "event_id": new, "event_name": "Tea", "participant_email": "bo@office.example",
-        "event_start": "2023-12-01 10:00:00", "duration": "30"}
-    assert call(state, "customer_relationship_manager_add_customer",
-                {"customer_name": "Ivy", "assigned_to_email": "Bo@office.example", "status": "Lead"}) == "00000030"
+        "event_id": new,
+        "event_name": "Tea",
+        "participant_email": "bo@office.example",
+        "event_start": "2023-12-01 10:00:00",
+        "duration": "30",
+    }
+    assert (
+        call(
+            state,
+            "customer_relationship_manager_add_customer",
+            {"customer_name": "Ivy", "assigned_to_email": "Bo@office.example", "status": "Lead"},
+        )
+        == "00000030"
+    )
     assert state.tables["customers"][-1]["notes"] is None
-    assert call(state, "analytics_create_plot", {"time_min": "2023-10-01", "time_max": "2023-10-31", "plot_type": "bar",
-                "value_to_plot": "user_engaged"}) == "plots/2023-10-01_2023-10-31_user_engaged_bar.png"
+    assert (
+        call(
+            state,
+            "analytics_create_plot",
+            {"time_min": "2023-10-01", "time_max": "2023-10-31", "plot_type": "bar", "value_to_plot": "user_engaged"},
+        )
+        == "plots/2023-10-01_2023-10-31_user_engaged_bar.png"
+    )
 
 
 def test_searches_agree_with_a_plain_filter(state: State):
@@ -206,20 +297,28 @@ def test_searches_agree_with_a_plain_filter(state: State):
     expected = [r for r in rows if "Otter" in r["event_name"] and r["event_start"] >= "2023-10-01"]
     assert found["events"] == sorted(expected, key=lambda r: r["event_start"], reverse=True)
     mails = call(state, "email_search_emails", {"query": "lamp ada", "date_max": "2023-10-31", "page_size": 1000})
-    expected = [r for r in state.tables["emails"] if r["sent_datetime"] < "2023-11" and all(
-        w in f"{r['subject']} {r['body']} {r['sender/recipient']}".lower() for w in ("lamp", "ada"))]
+    expected = [
+        r
+        for r in state.tables["emails"]
+        if r["sent_datetime"] < "2023-11"
+        and all(w in f"{r['subject']} {r['body']} {r['sender/recipient']}".lower() for w in ("lamp", "ada"))
+    ]
     assert {r["email_id"] for r in mails["emails"]} == {r["email_id"] for r in expected}
     days = call(state, "analytics_total_visits_count", {})
     assert sum(days.values()) == len(state.tables["analytics"])
     assert list(days) == sorted(days)
     assert sum(call(state, "analytics_engaged_users_count", {}).values()) == sum(
-        r["user_engaged"] for r in state.tables["analytics"])
-    per_source = [call(state, "analytics_traffic_source_count", {"traffic_source": s})
-                  for s in ("direct", "referral", "search engine", "social media")]
+        r["user_engaged"] for r in state.tables["analytics"]
+    )
+    per_source = [
+        call(state, "analytics_traffic_source_count", {"traffic_source": s})
+        for s in ("direct", "referral", "search engine", "social media")
+    ]
     assert {day: sum(p[day] for p in per_source) for day in days} == days
     mean = call(state, "analytics_get_average_session_duration", {})
     assert sum(mean[d] * days[d] for d in days) == pytest.approx(
-        sum(float(r["session_duration_seconds"]) for r in state.tables["analytics"]))
+        sum(float(r["session_duration_seconds"]) for r in state.tables["analytics"])
+    )
     assert call(state, "email_search_emails", {"query": "no such words"}).startswith("There are no")
 
 
@@ -280,14 +379,22 @@ def test_case_matters_only_in_status_list_and_board(world: World):
     customer = {"customer_name": "Ivy", "assigned_to_email": "bo@office.example"}
     add = "customer_relationship_manager_add_customer"
     assert differences(after(add, **customer, status="Lead"), after(add, **customer, status="lead")) == ["customers"]
-    assert differences(after(add, **customer, status="Lead"), after(add, **{**customer, "customer_name": "IVY"},
-                                                                   status="Lead", notes="")) == []
+    assert (
+        differences(
+            after(add, **customer, status="Lead"),
+            after(add, **{**customer, "customer_name": "IVY"}, status="Lead", notes=""),
+        )
+        == []
+    )
 
 
 def test_states_do_not_see_each_other_and_share_what_they_did_not_change(world: World):
     a, b = State(world), State(world)
-    call(a, "project_management_update_task",
-         {"task_id": world.tables["tasks"][0]["task_id"], "field": "task_name", "new_value": "Mop"})
+    call(
+        a,
+        "project_management_update_task",
+        {"task_id": world.tables["tasks"][0]["task_id"], "field": "task_name", "new_value": "Mop"},
+    )
     assert b.tables["tasks"] is world.tables["tasks"]
     assert world.tables["tasks"][0]["task_name"] != "Mop"
     assert all(x is y for x, y in zip(a.tables["tasks"][1:], b.tables["tasks"][1:], strict=True))
@@ -315,12 +422,15 @@ def test_every_missing_file_and_column_is_named(tmp_path: Path):
             load_world(folder)
 
 
-@pytest.mark.parametrize(("table", "old", "new", "part"), [
-    ("calendar", "00000007", "seven", "event_id"),
-    ("emails", "00000007", "00000008", "a number of its own"),
-    ("emails", "2023-1", "MMXXIII", "sent_datetime"),
-    ("tasks", ",Design", "", "fewer cells"),
-])
+@pytest.mark.parametrize(
+    ("table", "old", "new", "part"),
+    [
+        ("calendar", "00000007", "seven", "event_id"),
+        ("emails", "00000007", "00000008", "a number of its own"),
+        ("emails", "2023-1", "MMXXIII", "sent_datetime"),
+        ("tasks", ",Design", "", "fewer cells"),
+    ],
+)
 def test_a_broken_row_is_named_by_file_and_line(table: str, old: str, new: str, part: str, tmp_path: Path):
     folder = office.write(tmp_path / "office")
     path = folder / FILES[table][0]
@@ -340,11 +450,33 @@ def test_files_may_lie_in_processed_and_raw(tmp_path: Path, world: World):
 
 
 hostile = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30), st.lists(st.integers(), max_size=2),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=30),
+    st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-    st.sampled_from(["a" * (MAX_ARGUMENT_CHARS + 1), "a" * 5000, "9" * 6000, "'; DROP TABLE emails; --", "(a+)+$",
-                     "|" * 300, ".*" * 300, "\x00", "ß" * 50, "İ", "00000001", "00000000", 10**400, "2023-11-30", "Won",
-                     "Design"]),
+    st.sampled_from(
+        [
+            "a" * (MAX_ARGUMENT_CHARS + 1),
+            "a" * 5000,
+            "9" * 6000,
+            "'; DROP TABLE emails; --",
+            "(a+)+$",
+            "|" * 300,
+            ".*" * 300,
+            "\x00",
+            "ß" * 50,
+            "İ",
+            "00000001",
+            "00000000",
+            10**400,
+            "2023-11-30",
+            "Won",
+            "Design",
+        ]
+    ),
 )
 
 

@@ -105,8 +105,7 @@ def test_known_samples_are_not_generated_again():
     assert again[0] is first[0] and again[2] is first[2]
 
 
-def test_a_long_tail_is_carried_and_completes_in_the_next_step(monkeypatch):
-    monkeypatch.setattr("m2rl.rollout.collect.ASK_EVERY_S", 0.0)
+def test_a_long_tail_is_carried_and_completes_in_the_next_step():
     engine, carry = Scripted(), CarryOver(1)
     first = rollout(engine, [5, 60, 6], carry=carry)
     assert [s.prompt.tokens[1] for s in first] == [5, 5, 6, 6]
@@ -125,8 +124,7 @@ def test_a_long_tail_is_carried_and_completes_in_the_next_step(monkeypatch):
     assert [s.prompt.tokens[1] for s in third] == [90, 90, 3, 3] and carry.places == []
 
 
-def test_complete_members_of_a_carried_group_are_kept(monkeypatch):
-    monkeypatch.setattr("m2rl.rollout.collect.ASK_EVERY_S", 0.0)
+def test_complete_members_of_a_carried_group_are_kept():
     engine, carry = Scripted(), CarryOver(1)
     submit = engine.submit
 
@@ -153,9 +151,8 @@ def test_restart_after_a_resume_begins_the_carried_prompts_again():
     assert [s.prompt.tokens[1] for s in samples][:2] == [12, 12]
 
 
-def test_carried_tokens_have_the_log_probabilities_of_the_weights_that_drew_them(monkeypatch):
+def test_carried_tokens_have_the_log_probabilities_of_the_weights_that_drew_them():
     """The default engine, between two different policies: each part of a response is scored by its own."""
-    monkeypatch.setattr("m2rl.rollout.collect.ASK_EVERY_S", 0.0)
     policies = [Policy(tiny.model(seed=s)) for s in (0, 1)]
     end = set(range(1, 97, 12))  # so many that lengths differ
     engine = NativeEngine(policies[0].config, torch.device("cpu"), torch.float32, 16, end)
