@@ -336,6 +336,8 @@ class Run:
         )
         objective = PolicyGradient(c.objective)
         with VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox) as self.pool:
+            if "code" in self.domains:
+                self.display.say(f"Programs of the model run in sandbox level {self.pool.sandbox_level}")
             try:
                 with self.generating(start):
                     self.probe(start)
