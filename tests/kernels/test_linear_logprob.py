@@ -345,6 +345,7 @@ def test_wrong_arguments_are_named_with_rule_and_value(change, message):
 
 def test_without_triton_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "m2rl_kernels.linear_logprob_triton", raising=False)
+    monkeypatch.delattr("m2rl_kernels.linear_logprob_triton", raising=False)  # another test may have imported it
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match=r"needs Triton: pip install 'triton>=3.6'"):
         MODULE._triton()
