@@ -8,6 +8,7 @@ that are scored reach the head, and `linear_logprob` never forms [N, V] logits. 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,15 @@ def _varlen_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        if k.shape[1] != q.shape[1]:  # varlen_attn of the older torch releases takes equal head counts
-            repeat = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        return cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0)))
+        grouped: dict[str, bool] = {}
+        if k.shape[1] != q.shape[1]:
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                grouped = {"enable_gqa": True}
+            else:  # torch 2.11 takes equal head counts only
+                repeat = q.shape[1] // k.shape[1]
+                k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+        return cast(Tensor, out)
     return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
 
 
