@@ -103,7 +103,7 @@ def _varlen_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped: dict[str, bool] = {}
+        grouped: dict[str, Any] = {}
         if k.shape[1] != q.shape[1]:
             if "enable_gqa" in inspect.signature(varlen_attn).parameters:
                 grouped = {"enable_gqa": True}
