@@ -115,8 +115,8 @@ def retention(scores: Mapping[str, Mapping[str, Score]], domains: Sequence[str],
         cells = ""
         for d in domains:
             start, expert = scores["sft"][d].avg_at_k, scores[d][d].avg_at_k
-            share = 100 * (scores[name][d].avg_at_k - start) / (expert - start) if expert > start else float("nan")
-            cells += f"<td>{share:.0f}</td>"
+            kept = f"{100 * (scores[name][d].avg_at_k - start) / (expert - start):.0f}" if expert > start else "no gain"
+            cells += f"<td>{kept}</td>"
         rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
