@@ -49,6 +49,8 @@ MERGES: dict[str, dict[str, Any]] = {  # name -> method and options; strengths c
     "iso_c": {"method": "iso_c"},
 }
 
+COMPARED_MERGES = ("average", "ta", "ties")  # those whose policies are compared pair by pair
+
 
 @dataclass(frozen=True)
 class Study:
@@ -214,18 +216,15 @@ def analyze_all(study: Study) -> None:
     experts = {d: d for d in DOMAINS}
     rest = {n: m for n, m in models.items() if n != "sft"}
     weights.analyze(weights.measure(models["sft"], rest, seed=study.seed), base="sft").write(out)
-    few = {n: samples[n][::4] for n in models}  # a quarter of the samples: the divergences need no more
-    kl = policies.kl_matrix(models, few, keep=len(models))
-    policies.analyze(kl, policies.accuracies(samples), base="sft", experts=experts).write(out)
+    # Every pair of policies is scored on every sample: a quarter of the samples, and three merges, are enough.
+    few = {n: samples[n][::4] for n in models if n not in MERGES or n in COMPARED_MERGES}
+    kl = policies.kl_matrix({n: models[n] for n in few}, few, keep=len(few))
+    policies.analyze(kl, policies.accuracies({n: samples[n] for n in few}), base="sft", experts=experts).write(out)
     rewards = {n: skills.rewards_of(s) for n, s in samples.items()}
     skills.analyze(rewards, base="sft", experts=list(DOMAINS)).write(out)
-    kinds = {
-        **dict.fromkeys(DOMAINS, "expert"),
-        **dict.fromkeys(MERGES, "merge"),
-        "mixed": "mixed",
-        "distill": "distill",
-    }
-    information.analyze(kl, rewards, base="sft", kinds=kinds).write(out)
+    kinds = dict.fromkeys(DOMAINS, "expert") | dict.fromkeys(COMPARED_MERGES, "merge")
+    kinds |= {"mixed": "mixed", "distill": "distill"}
+    information.analyze(kl, {n: rewards[n] for n in few}, base="sft", kinds=kinds).write(out)
     runs = [
         efficiency.read_run(str(study.out / name), name, kind)
         for name, kind in [
