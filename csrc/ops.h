@@ -6,7 +6,7 @@
 #define M2RL_API extern "C" __attribute__((visibility("default")))
 
 // Version of this table; native.py refuses a library with another number (a stale build).
-#define M2RL_ABI_VERSION 1
+#define M2RL_ABI_VERSION 2
 M2RL_API int32_t m2rl_abi_version();
 M2RL_API int32_t m2rl_cuda_abi_version();
 
@@ -105,6 +105,13 @@ M2RL_API int32_t m2rl_pack_rows_cuda(int32_t n_fields, const void* const* src, v
                                      const int32_t* shift, const int64_t* fill, int64_t rows, int64_t n_seqs,
                                      const int64_t* src_start, const int64_t* dst_start, const int64_t* lengths,
                                      const int64_t* first_row, void* stream);
+
+// ---- group advantages (advantages.cpp; Python: m2rl_kernels/advantages.py) ----
+// rewards, adv, mean, std and token_adv are float or double; group g is [offsets[g], offsets[g + 1]), from 0 to the end. mode: 0 grpo,
+// 1 dr_grpo, 2 rloo, 3 batch_std. live: 0 or 1. With cu_seqlens [samples + 1] every token gets its sample's advantage.
+M2RL_API void m2rl_group_advantages(int32_t is_double, const void* rewards, const int64_t* offsets, int64_t groups, int32_t mode,
+                                    double eps, const int64_t* cu_seqlens, void* adv, void* mean, void* std, uint8_t* live,
+                                    void* token_adv);
 
 // ---- weight synchronisation (sync.cpp, sync.cu; Python: m2rl_kernels/weight_sync.py) ----
 // One strided 2-D copy; strides in elements. `tensor` and dst_first (flat index of dst[0] in its tensor) serve the checksum.

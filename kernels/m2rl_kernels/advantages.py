@@ -15,13 +15,16 @@ Sources: GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740; the paper's sett
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MODES = ("grpo", "dr_grpo", "rloo", "batch_std")
+from m2rl_kernels import native
+
+MODES = ("grpo", "dr_grpo", "rloo", "batch_std")  # Mode in csrc/advantages.cpp
 
 
 class Advantages(NamedTuple):
@@ -129,8 +132,9 @@ def group_advantages_op(
     if rewards.is_cuda:
         from m2rl_kernels.advantages_triton import group_advantages_triton
 
-        return group_advantages_triton(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens)
-    return group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens)
+        with torch.cuda.device_of(rewards):  # Triton launches on the current device
+            return group_advantages_triton(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens)
+    return group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens)
 
 
 @group_advantages_op.register_fake
@@ -148,30 +152,22 @@ def _(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens):
 # ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens):
-    G, sizes = len(group_offsets) - 1, group_offsets.long().diff()
-    r = rewards.double()
-    group = torch.repeat_interleave(torch.arange(G), sizes)
-    present = ~r.isnan()
-    x = torch.where(present, r, 0.0)
-    n = torch.zeros(G, dtype=torch.float64).index_add_(0, group, present.double())
-    mean = torch.zeros(G, dtype=torch.float64).index_add_(0, group, x) / n  # 0/0 = NaN where no reward is present
-    inf = torch.full((G,), torch.inf, dtype=torch.float64)
-    low = inf.scatter_reduce(0, group, torch.where(present, r, torch.inf), "amin")
-    high = inf.neg().scatter_reduce(0, group, torch.where(present, r, -torch.inf), "amax")
-    alive = low < high  # not std > 0: the mean of equal rewards may round
-    deviation = torch.where(present & alive[group], r - mean[group], 0.0)
-    square = torch.zeros(G, dtype=torch.float64).index_add_(0, group, deviation * deviation)
-    std = (square / (n - 1).clamp(min=1)).sqrt()
-    if mode == "grpo":
-        scale = 1 / (std + eps)
-    elif mode == "rloo":
-        scale = n / (n - 1).clamp(min=1)
-    elif mode == "batch_std":
-        scale = (1 / (r[present].std() + eps) if int(present.sum()) > 1 else r.new_zeros(())).expand(G)
-    else:
-        scale = torch.ones_like(std)
-    live = present & alive[group]
-    adv = torch.where(live, deviation * scale[group], 0.0).to(rewards.dtype)
-    token_adv = adv.new_empty(0) if cu_seqlens is None else adv.repeat_interleave(cu_seqlens.long().diff())
-    return adv, mean.to(rewards.dtype), std.to(rewards.dtype), live, token_adv
+def group_advantages_cpu(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens):
+    """The same in C++, in float64 inside."""
+    S, G = len(rewards), len(group_offsets) - 1
+    rewards, offsets = rewards.contiguous(), group_offsets.long().contiguous()
+    tokens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    adv, live = torch.empty_like(rewards), torch.empty(S, dtype=torch.bool)
+    mean, std = rewards.new_empty(G), rewards.new_empty(G)
+    token_adv = rewards.new_empty(total_tokens if tokens is not None else 0)
+    address = lambda x: ctypes.c_void_p(None if x is None else x.data_ptr())  # noqa: E731
+    native.cpu().m2rl_group_advantages(
+        ctypes.c_int32(rewards.dtype == torch.float64),
+        address(rewards),
+        address(offsets),
+        ctypes.c_int64(G),
+        ctypes.c_int32(MODES.index(mode)),
+        ctypes.c_double(eps),
+        *(address(x) for x in (tokens, adv, mean, std, live, token_adv)),
+    )
+    return adv, mean, std, live, token_adv

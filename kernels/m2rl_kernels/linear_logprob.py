@@ -18,6 +18,7 @@ distribution, so S is not large; a row with logp < -60 or a sum that is not fini
 which for h = 0 is a per-row scale of E' (E with S_i subtracted at the target): dX and dW are plain matrix products on
 E' with [N]-sized scales. E' of the first `cache_bytes` worth of rows is kept from the forward, the rest is recomputed
 with the same anchor: three matrix products for forward and backward where everything is kept, four where nothing is.
+On the CPU a vocabulary of one block (2048) goes through torch's softmax instead: E = p, S = 1, the same products.
 
 Promises: log-probabilities, entropies and input gradients are float32 inside; dW is accumulated in float32 and
 rounded once. On the CPU, logp, entropy and dX of a row are the same bits in any row order, batch or cache size (the
@@ -30,6 +31,9 @@ throughout.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +44,7 @@ DEFAULT_CACHE_BYTES = 5 << 30
 ROW_MULTIPLE = 16  # CPU: products of 8 or more rows give a row the same bits whatever its neighbours; 1 row does not
 VOCAB_BLOCK = 2048  # CPU: a [256, 2048] float32 block stays in the last-level cache between its passes
 BLOCK_ELEMENTS = 256 * 2048
+SOFTMAX_ROWS = 1024  # CPU, vocabularies of one block: rows per product and softmax of the forward
 
 
 def linear_logprob(
@@ -304,7 +309,8 @@ def linear_logprob_fwd(
     y_M = _gather(targets_N, rows_M).long()
     cache_RV = _new_cache(hidden_NH, cached_rows, V)
     forward = _triton().forward if hidden_NH.is_cuda else _forward_cpu
-    stats_4M = forward(x_MH, weight_VH, y_M, inv_t, with_entropy, cache_RV)
+    with torch.cuda.device_of(hidden_NH):  # Triton launches on the current device
+        stats_4M = forward(x_MH, weight_VH, y_M, inv_t, with_entropy, cache_RV)
     target_M, anchor_M, S_M, U_M = stats_4M
     log_S_M = S_M.log()
     logp_N = _spread(target_M - anchor_M - log_S_M, rows_M, N)
@@ -424,9 +430,10 @@ def _backward(
     h_M = None if grad_entropy_N is None else _gather(grad_entropy_N, rows_M).float()
     backward = _triton().backward if hidden_NH.is_cuda else _backward_cpu
     x_MH, y_M = _gather(hidden_NH, rows_M), _gather(targets_N, rows_M).long()
-    grad_x_MH, grad_weight = backward(
-        c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, need_hidden, need_weight, grad_weight_out
-    )
+    with torch.cuda.device_of(hidden_NH):
+        grad_x_MH, grad_weight = backward(
+            c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, need_hidden, need_weight, grad_weight_out
+        )
     return _spread(grad_x_MH, rows_M, N) if need_hidden else None, grad_weight
 
 
@@ -440,8 +447,8 @@ def _blocks(V: int):
     return ((v, min(v + VOCAB_BLOCK, V)) for v in range(0, V, VOCAB_BLOCK))
 
 
-def _tiles(rows: int, tile: int):
-    return ((r, min(r + tile, rows)) for r in range(0, rows, tile))
+def _tiles(rows: int, tile: int, first: int = 0):
+    return ((r, min(r + tile, rows)) for r in range(first, rows, tile))
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -456,7 +463,7 @@ def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
 
 
 def _target_logits_cpu(x_MH, weight_VH, y_M, inv_t) -> Tensor:
-    """Row dots; for a vocabulary of one block the forward reads them off the product instead."""
+    """Row dots."""
     target_M = torch.empty(x_MH.shape[0])
     for r, e in _tiles(x_MH.shape[0], 2048):
         torch.sum(x_MH[r:e] * weight_VH[y_M[r:e]].float(), 1, out=target_M[r:e])
@@ -477,10 +484,9 @@ def _logits(out, x_tile, w_block_T, inv_t) -> Tensor:
 
 
 def _sums_cpu(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy, cache_RV) -> tuple[Tensor, Tensor]:
-    """S, U of padded rows; E into the cache's rows. `anchor` None: target and anchor become the target's logit, read
-    off the only block, and `target_M` is filled."""
+    """S, U of padded rows; E into the cache's rows."""
     M, V, R = x_MH.shape[0], weight_VH.shape[0], cache_RV.shape[0]
-    tile, one_block = min(_tile_rows(V), M), V <= VOCAB_BLOCK
+    tile = min(_tile_rows(V), M)
     S_M, U_M = torch.zeros(M), torch.zeros(M)
     scratch = torch.empty(2, tile * min(V, VOCAB_BLOCK))
     for v, ve in _blocks(V):
@@ -489,12 +495,8 @@ def _sums_cpu(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy, cac
             n = (re - r) * (ve - v)
             E = cache_RV[r:re, v:ve] if re <= R else scratch[0, :n].view(re - r, ve - v)
             d = scratch[1, :n].view(re - r, ve - v) if with_entropy else E
-            _logits(d, x_MH[r:re], w_T, inv_t)
-            if anchor_M is None:
-                torch.gather(d, 1, y_M[r:re, None], out=target_M[r:re, None])
-            d.sub_((target_M if anchor_M is None else anchor_M)[r:re, None])
-            if not one_block:
-                _put_at_target(d, y_M[r:re], v, target_M[r:re] - anchor_M[r:re])
+            _logits(d, x_MH[r:re], w_T, inv_t).sub_(anchor_M[r:re, None])
+            _put_at_target(d, y_M[r:re], v, target_M[r:re] - anchor_M[r:re])
             torch.exp(d, out=E)
             S_M[r:re] += E.sum(1)
             if with_entropy:
@@ -510,11 +512,10 @@ def _forward_cpu(x_MH, weight_VH, y_M, inv_t, with_entropy, cache_RV) -> Tensor:
     x = _pad_rows(_widen(x_MH), _padded(M))
     y = _pad_rows(y_M, _padded(M))
     if weight_VH.shape[0] <= VOCAB_BLOCK:
-        target, anchor = torch.empty(x.shape[0]), None
-    else:
-        target = anchor = _target_logits_cpu(x, weight_VH, y, inv_t)
+        return _forward_softmax_cpu(x, weight_VH, y, inv_t, with_entropy, cache_RV)[:, :M].contiguous()
+    target = anchor = _target_logits_cpu(x, weight_VH, y, inv_t)
     S, U = _sums_cpu(x, weight_VH, y, target, anchor, inv_t, with_entropy, cache_RV)
-    anchor, at_target = target, 1 - S
+    at_target = 1 - S
     bad = ~(S.log() <= -GUARD_LOGP)
     if bad.any():
         anchor = target.clone()
@@ -523,6 +524,40 @@ def _forward_cpu(x_MH, weight_VH, y_M, inv_t, with_entropy, cache_RV) -> Tensor:
     if R:
         cache_RV.scatter_(1, y[:R, None], at_target[:R, None])
     return torch.stack([target, anchor, S, U])[:, :M].contiguous()
+
+
+def _forward_softmax_cpu(x, weight_VH, y, inv_t, with_entropy, cache_RV) -> Tensor:
+    """The same where a row fits one block, by torch's softmax: one pass, with its faster exponential. E is then p, and
+    stats are log p of the target, 0, 1 and sum p log p."""
+    M, V, R = x.shape[0], weight_VH.shape[0], cache_RV.shape[0]
+    tile, w_T = min(SOFTMAX_ROWS, M), _widen(weight_VH).T
+    stats = torch.zeros(4, M)
+    logp, _, S, U = stats
+    S.fill_(1.0)
+    scratch = torch.empty(0 if M <= R and not with_entropy else tile * V)
+    for r, re in itertools.chain(_tiles(R, tile), _tiles(M, tile, R)):
+        at, n = y[r:re, None], (re - r) * V
+        p = cache_RV[r:re] if re <= R else scratch[:n].view(-1, V)
+        z = scratch[:n].view(-1, V) if with_entropy else p
+        _logits(z, x[r:re], w_T, inv_t)
+        p = torch.softmax(z, 1) if with_entropy and re > R else torch.softmax(z, 1, out=p)
+        torch.gather(p, 1, at, out=logp[r:re, None])
+        if with_entropy:
+            torch.sum(z.sub_(z.gather(1, at)).mul_(p), 1, out=U[r:re])
+        if re <= R:
+            p.scatter_(1, at, logp[r:re, None] - 1.0)
+    far = None if bool(logp.min() >= math.exp(GUARD_LOGP)) else (~(logp >= math.exp(GUARD_LOGP))).nonzero()[:, 0]
+    logp.log_()
+    if with_entropy:
+        U.add_(logp)
+    if far is not None:  # the guard: p loses digits, and then underflows
+        index = _pad_rows(far, _padded(len(far)))
+        z = _logits(torch.empty(len(index), V), x[index], w_T, inv_t)
+        z.sub_(z.logsumexp(1, keepdim=True))
+        logp[far] = z.gather(1, y[index, None])[: len(far), 0]
+        if with_entropy:
+            U[far] = z.exp().mul_(z).sum(1)[: len(far)]
+    return stats
 
 
 def _guard_cpu(rows, x, weight_VH, y, target, anchor, S, U, inv_t, with_entropy, cache_RV) -> None:
@@ -543,10 +578,23 @@ def _guard_cpu(rows, x, weight_VH, y, target, anchor, S, U, inv_t, with_entropy,
         cache_RV[rows[kept]] = E_BV[:count][kept]
 
 
-def _backward_cpu(c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, need_hidden, need_weight, grad_weight_out):
+def _backward_cpu(
+    c_M,
+    h_M,
+    x_MH,
+    weight_VH,
+    y_M,
+    stats_4M,
+    cache_RV,
+    inv_t,
+    need_hidden,
+    need_weight,
+    grad_weight_out,
+    sharded=False,
+):
     """(grad_x [M, H] or None, grad_weight [V, H] or None), from E' cached or recomputed."""
     M, (V, H), R, dtype = x_MH.shape[0], weight_VH.shape, cache_RV.shape[0], weight_VH.dtype
-    padded = _padded(M)
+    padded, by_softmax = _padded(M), V <= VOCAB_BLOCK and not sharded  # as the forward did it
     if M == 0:
         grad_weight = torch.zeros(V, H, dtype=dtype) if need_weight and grad_weight_out is None else None
         return torch.zeros(0, H, dtype=dtype) if need_hidden else None, grad_weight
@@ -576,13 +624,15 @@ def _backward_cpu(c_M, h_M, x_MH, weight_VH, y_M, stats_4M, cache_RV, inv_t, nee
             if re <= R:
                 E = cache_RV[r:re, v:ve]
             else:
-                E = scratch[0, :n].view(re - r, ve - v)
-                _logits(E, x[r:re], w.T, inv_t).sub_(anchor[r:re, None]).exp_()
+                E = _logits(scratch[0, :n].view(re - r, ve - v), x[r:re], w.T, inv_t)
+                E = torch.softmax(E, 1, out=E) if by_softmax else E.sub_(anchor[r:re, None]).exp_()
             F = E
             if h is not None:
                 F = scratch[1, :n].view(re - r, ve - v)
                 torch.xlogy(E, E, out=F).mul_(h[r:re, None]).addcmul_(E, alpha[r:re, None])
-            if re > R or h is not None:
+            if h is None and re > R and by_softmax:
+                F.scatter_add_(1, y[r:re, None], torch.full((re - r, 1), -1.0))  # p - 1, rounded as the forward did
+            elif re > R or h is not None:
                 _put_at_target(F, y[r:re], v, at_target[r:re])
             if grad_x is not None:
                 torch.addmm(grad_x[r:re], F, w, beta=float(v > 0), out=grad_x[r:re])
@@ -633,20 +683,21 @@ class _TensorParallel(torch.autograd.Function):
         hidden_NH, weight_VH, y_M, rows_M, stats_4M = ctx.saved_tensors
         c_M, h_M = (None if g is None else _gather(g, rows_M).float() for g in grads)
         x_MH, cache = _gather(hidden_NH, rows_M), _new_cache(hidden_NH, 0, weight_VH.shape[0])
-        backward = _triton().backward if hidden_NH.is_cuda else _backward_cpu
-        grad_x, grad_weight = backward(
-            torch.zeros_like(stats_4M[0]) if c_M is None else c_M,
-            h_M,
-            x_MH,
-            weight_VH,
-            y_M,
-            stats_4M,
-            cache,
-            ctx.inv_t,
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            None,
-        )
+        backward = _triton().backward if hidden_NH.is_cuda else functools.partial(_backward_cpu, sharded=True)
+        with torch.cuda.device_of(hidden_NH):
+            grad_x, grad_weight = backward(
+                torch.zeros_like(stats_4M[0]) if c_M is None else c_M,
+                h_M,
+                x_MH,
+                weight_VH,
+                y_M,
+                stats_4M,
+                cache,
+                ctx.inv_t,
+                ctx.needs_input_grad[0],
+                ctx.needs_input_grad[1],
+                None,
+            )
         if grad_x is not None:
             total = grad_x.float()
             torch.distributed.all_reduce(total, group=ctx.group)
@@ -657,7 +708,8 @@ class _TensorParallel(torch.autograd.Function):
 def _shard_target_logits(x_MH, weight_VH, y_M, inv_t) -> Tensor:
     """Target logits, 0 where another shard holds the target."""
     if x_MH.is_cuda:
-        return _triton().target_logits(x_MH, weight_VH, y_M, inv_t, 0.0, torch.empty_like(y_M, dtype=torch.float32))
+        with torch.cuda.device_of(x_MH):
+            return _triton().target_logits(x_MH, weight_VH, y_M, inv_t, 0.0, torch.empty_like(y_M, dtype=torch.float32))
     inside = (y_M >= 0) & (y_M < weight_VH.shape[0])
     return torch.where(inside, _target_logits_cpu(_widen(x_MH), weight_VH, torch.where(inside, y_M, 0), inv_t), 0.0)
 
@@ -666,7 +718,8 @@ def _shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy) -
     """[2, M]: this shard's S and U."""
     M, padded = x_MH.shape[0], _padded(x_MH.shape[0])
     if x_MH.is_cuda:
-        return _triton().shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy)
+        with torch.cuda.device_of(x_MH):
+            return _triton().shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy)
     if M == 0:
         return torch.zeros(2, 0)
     x, y, target, anchor = _pad_rows(_widen(x_MH), padded), *(_pad_rows(t, padded) for t in (y_M, target_M, anchor_M))

@@ -12,6 +12,11 @@ continues from the float32 sums of the slice before. grad_weight = E'^T (diag(a)
 accumulation.
 
 Offsets into [M, V] are int64. The last vocabulary tile is masked before the exponential's sum.
+
+Where LOGITS says "blas" the logits come from torch.mm with a float32 result instead, a block of them at a time, and one
+more pass turns them into exponentials: for an architecture on which the fused product stays under 620 TFLOP/s
+(`python bench/bench_linear_logprob.py --products` measures it). A row's bits are then cuBLAS's: repeatable, but not
+promised to be the same in another batch.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 SLICE_BYTES = 512 << 20  # scratch for recomputed or converted exponentials of one vocabulary slice
 HALF_SCALE = 2.0**15  # float16 keeps E / S * 2^15: at most 32768, and 2e-12 is still a number
 MAX_SUM = 1.1420073898156842e26  # e^60, the guard: see GUARD_LOGP
+BLAS_ROWS, BLAS_COLUMNS, BLAS_BLOCK = 4096, 16384, 4096  # "blas": float32 logits alive at once; columns per program
+LOGITS = {8: "fused", 9: "fused", 10: "fused"}  # by `generation`; to be decided by measurement, none was made yet
 SUMS, EXPONENTIALS, MAXIMUM = 0, 1, 2  # what a product leaves behind
 _SUMS, _MAXIMUM = tl.constexpr(SUMS), tl.constexpr(MAXIMUM)
 
@@ -63,13 +70,26 @@ TILES = {
 }
 
 
+def generation(major: int) -> int:
+    """8, 9 or 10: whose tiles a GPU of compute capability `major` runs. Consumer Blackwell (12.x) has neither the
+    tensor memory nor the shared memory of 10.x and takes those of 8."""
+    if major < 8:
+        raise RuntimeError(f"linear_logprob needs a GPU of compute capability 8.0 or above, got {major}.x")
+    return major if major in (9, 10) else 8
+
+
 def tile_for(operation: str, x: Tensor) -> Tile:
     if not x.is_cuda:  # the interpreter: few, large steps
         return Tile(32, 128, 64, 4, 1, group=2)
-    major = min(torch.cuda.get_device_capability(x.device)[0], 10)
-    if major < 8:
-        raise RuntimeError(f"linear_logprob needs a GPU of compute capability 8.0 or above, got {major}.x")
-    return TILES.get((operation, major, x.element_size())) or TILES[operation, 8, x.element_size()]
+    return configured(operation, torch.cuda.get_device_capability(x.device)[0], x.element_size())
+
+
+def configured(operation: str, major: int, itemsize: int) -> Tile:
+    return TILES.get((operation, generation(major), itemsize)) or TILES[operation, 8, itemsize]
+
+
+def logits_from(x: Tensor) -> str:
+    return LOGITS[generation(torch.cuda.get_device_capability(x.device)[0])] if x.is_cuda else "fused"
 
 
 @triton.jit
@@ -272,6 +292,57 @@ def product_kernel(
                 tl.store(S_part + part, s, mask=ok_m)
                 if WITH_U:
                     tl.store(U_part + part, u, mask=ok_m)
+
+
+@triton.jit
+def epilogue_kernel(
+    z,
+    y,
+    target,
+    anchor,
+    S_part,
+    U_part,
+    E,
+    at_target,
+    row_scale,
+    first_row,
+    first_v,
+    first_tile,
+    width,
+    M,
+    R,
+    stride_z,
+    stride_e,
+    inv_t,
+    MODE: tl.constexpr,
+    WITH_U: tl.constexpr,
+    STORE_E: tl.constexpr,
+    SCALED: tl.constexpr,
+    B: tl.constexpr,
+):
+    """What product_kernel does with its tile, for B columns of one row of given float32 logits."""
+    local = tl.program_id(0).to(tl.int64)
+    row = first_row + local
+    column = tl.program_id(1) * B + tl.arange(0, B)
+    inside = column < width
+    k = tl.load(anchor + row)
+    d = tl.load(z + local * stride_z + column, mask=inside, other=0.0) * inv_t - k
+    at_y = first_v + column == tl.load(y + row)
+    if MODE == _SUMS:
+        d = tl.where(at_y, tl.load(target + row) - k, d)
+    e = tl.where(inside, tl.exp2(d * 1.4426950408889634), 0.0)
+    if MODE != _SUMS:
+        if SCALED:
+            e = e * tl.load(row_scale + row)
+        e = tl.where(at_y, tl.load(at_target + row), e)
+    if STORE_E:
+        kept = column < tl.where(row < R, width, 0)
+        tl.store(E + row * stride_e + first_v + column, e.to(E.dtype.element_ty), mask=kept)
+    if MODE == _SUMS:
+        part = (first_tile + tl.program_id(1)).to(tl.int64) * M + row
+        tl.store(S_part + part, tl.sum(e, 0))
+        if WITH_U:
+            tl.store(U_part + part, tl.sum(tl.where(e > 0, e * d, 0.0), 0))
 
 
 @triton.jit
@@ -491,9 +562,13 @@ def product(
     row_scale=None,
     kept_rows=0,
 ) -> None:
-    """Launches product_kernel; absent pointers are replaced by one that is never read."""
+    """One product over all rows, or over the listed ones; absent pointers are replaced by one that is never read."""
     listed, dummy = rows is not None, anchor
-    (M, H), V, c = x_MH.shape, w_VH.shape[0], tile_for("guard" if listed else "forward", x_MH)
+    (M, H), V = x_MH.shape, w_VH.shape[0]
+    if not listed and logits_from(x_MH) == "blas":
+        _product_blas(mode, x_MH, w_VH, y_M, target, anchor, E, inv_t, S_part, U_part, at_target, row_scale, kept_rows)
+        return
+    c = tile_for("guard" if listed else "forward", x_MH)
     tiles = triton.cdiv(M, c.BM) * triton.cdiv(V, c.BV)
     product_kernel[(_programs(x_MH, tiles),)](
         _desc(x_MH, [c.BM, c.BK], c.tma),
@@ -534,6 +609,47 @@ def product(
     )
 
 
+def _product_blas(mode, x, w, y, target, anchor, E, inv_t, S_part, U_part, at_target, row_scale, kept_rows) -> None:
+    M, V, dummy = x.shape[0], w.shape[0], anchor
+    z = torch.empty(min(M, BLAS_ROWS), min(V, BLAS_COLUMNS), dtype=torch.float32, device=x.device)
+    for v in range(0, V, BLAS_COLUMNS):
+        width = min(BLAS_COLUMNS, V - v)
+        for r in range(0, M, BLAS_ROWS):
+            height = min(BLAS_ROWS, M - r)
+            _add_product(z[:height, :width], x[r : r + height], w[v : v + width].T, True)
+            epilogue_kernel[(height, triton.cdiv(width, BLAS_BLOCK))](
+                z,
+                y,
+                target,
+                anchor,
+                dummy if S_part is None else S_part,
+                dummy if U_part is None else U_part,
+                dummy if E is None else E,
+                dummy if at_target is None else at_target,
+                dummy if row_scale is None else row_scale,
+                r,
+                v,
+                v // BLAS_BLOCK,
+                width,
+                M,
+                kept_rows,
+                z.stride(0),
+                0 if E is None else E.stride(0),
+                inv_t,
+                MODE=mode,
+                WITH_U=U_part is not None,
+                STORE_E=E is not None and kept_rows > 0,
+                SCALED=row_scale is not None,
+                B=BLAS_BLOCK,
+                num_warps=8,
+            )
+
+
+def _sum_columns(x: Tensor, listed: bool = False) -> int:
+    """Columns that one partial sum covers."""
+    return BLAS_BLOCK if not listed and logits_from(x) == "blas" else tile_for("forward", x).BV
+
+
 def forward(x_MH: Tensor, w_VH: Tensor, y_M: Tensor, inv_t: float, with_entropy: bool, cache_RV: Tensor) -> Tensor:
     """stats [4, M] (target logit, anchor, S, U); fills the cache [R, >= V] with E'."""
     M, V, R = x_MH.shape[0], w_VH.shape[0], cache_RV.shape[0]
@@ -544,12 +660,12 @@ def forward(x_MH: Tensor, w_VH: Tensor, y_M: Tensor, inv_t: float, with_entropy:
     target, anchor, S, U = stats
     target_logits(x, w, y_M, inv_t, float("nan"), target)
     anchor.copy_(target)
-    n_v = triton.cdiv(V, tile_for("forward", x).BV)
-    part = torch.empty(2, n_v, M, dtype=torch.float32, device=x.device)
+    part = torch.empty(2, triton.cdiv(V, _sum_columns(x, True)), M, dtype=torch.float32, device=x.device)
     S_part, U_part = part[0], part[1] if with_entropy else None
     rows, count = torch.empty(M, dtype=torch.int32, device=x.device), torch.zeros(1, dtype=torch.int32, device=x.device)
     E = cache_RV if R else None
     for listed in (False, True):  # the second time over the rows that the first put on the list
+        n_v = triton.cdiv(V, _sum_columns(x, listed))
         which = {"rows": rows, "count": count} if listed else {}
         if listed:
             product(MAXIMUM, x, w, y_M, target, anchor, None, inv_t, S_part=S_part, **which)
@@ -586,7 +702,7 @@ def shard_sums(x_MH, w_VH, y_M, target, anchor, inv_t, with_entropy) -> Tensor:
     sums = torch.empty(2, M, dtype=torch.float32, device=x.device)
     if M == 0:
         return sums
-    n_v = triton.cdiv(w.shape[0], tile_for("forward", x).BV)
+    n_v = triton.cdiv(w.shape[0], _sum_columns(x))
     part = torch.empty(2, n_v, M, dtype=torch.float32, device=x.device)
     rows, count = torch.empty(M, dtype=torch.int32, device=x.device), torch.zeros(1, dtype=torch.int32, device=x.device)
     product(SUMS, x, w, y_M, target, anchor, None, inv_t, S_part=part[0], U_part=part[1] if with_entropy else None)

@@ -354,7 +354,8 @@ def policy_loss_fwd(
     if logp.is_cuda:
         from m2rl_kernels.policy_loss_triton import policy_loss_triton
 
-        return policy_loss_triton(*arguments, len(STATS))
+        with torch.cuda.device_of(logp):  # Triton launches on the current device
+            return policy_loss_triton(*arguments, len(STATS))
     return policy_loss_cpu(*arguments)
 
 

@@ -244,10 +244,9 @@ def policy_loss_triton(
         _tickets[key] = torch.zeros(1, dtype=torch.int32, device=logp.device)
     rows = triton.next_power_of_2(n_segments + 1)
     loss, stats = new(), new(n_segments, columns)
-    vectors = [None if x is None else x.contiguous() for x in (logp, behaviour, advantage, weight, old, ref, entropy)]
-    absent = vectors[0]
-    vectors += [cu_seqlens, None if segment is None else segment.contiguous()]
-    pointers = [absent if x is None else x for x in vectors]
+    vectors = (logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment)
+    absent = logp.contiguous()
+    pointers = [absent if x is None else x.contiguous() for x in vectors]
     policy_loss_kernel[(programs,)](
         *pointers,
         grad_logp,

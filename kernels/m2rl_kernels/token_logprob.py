@@ -99,7 +99,8 @@ def token_logprob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N], stats [4, N]: target logit, anchor k, S, U); entropy is empty without `with_entropy`."""
     forward = _triton().forward if logits_NV.is_cuda else _forward_cpu
-    stats_4N = forward(logits_NV, targets_N, 1.0 / temperature, with_entropy)
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
+        stats_4N = forward(logits_NV, targets_N, 1.0 / temperature, with_entropy)
     target_N, anchor_N, S_N, U_N = stats_4N
     log_S_N = S_N.log()
     entropy_N = log_S_N - U_N / S_N if with_entropy else log_S_N.new_empty(0)
@@ -137,7 +138,8 @@ def token_logprob_bwd(
         alpha_N = alpha_N - beta_N * U_N / S_N
     grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
     backward = _triton().backward if logits_NV.is_cuda else _backward_cpu
-    backward(grad_NV, logits_NV, targets_N, anchor_N, alpha_N, beta_N, gamma_N, inv_t)
+    with torch.cuda.device_of(logits_NV):
+        backward(grad_NV, logits_NV, targets_N, anchor_N, alpha_N, beta_N, gamma_N, inv_t)
     return grad_NV
 
 

@@ -39,6 +39,17 @@ else:
         monkeypatch.setattr(lt, "tile_for", lambda operation, x: lt.Tile(32, 128, 64, 4, 1, group=2, tma=request.param))
         monkeypatch.setattr(lt, "SLICE_BYTES", 0)
 
+    @pytest.fixture(params=["tma", "pointers", "blas"])
+    def route(request, monkeypatch):
+        """The same, and logits by torch.mm in blocks that divide neither rows nor vocabulary."""
+        tma = request.param == "tma"
+        monkeypatch.setattr(lt, "tile_for", lambda operation, x: lt.Tile(32, 128, 64, 4, 1, group=2, tma=tma))
+        monkeypatch.setattr(lt, "SLICE_BYTES", 0)
+        if request.param == "blas":
+            monkeypatch.setattr(lt, "logits_from", lambda x: "blas")
+            for name, value in {"BLAS_ROWS": 24, "BLAS_COLUMNS": 256, "BLAS_BLOCK": 128}.items():
+                monkeypatch.setattr(lt, name, value)
+
     def make(N, V, H, scale=1.0, seed=0):
         g = torch.Generator().manual_seed(seed)
         hidden, weight = torch.randn(N, H, generator=g), torch.randn(V, H, generator=g) * scale / H**0.5
@@ -75,7 +86,7 @@ else:
         ids=["one row", "flat", "tails", "guard"],
     )
     @pytest.mark.parametrize("entropy_gradient", [False, True])
-    def test_linear_matches_float64(tile, N, V, H, scale, entropy_gradient):
+    def test_linear_matches_float64(route, N, V, H, scale, entropy_gradient):
         hidden, weight, targets, c, h = make(N, V, H, scale)
         h = h if entropy_gradient else None
         want = exact(hidden, weight, targets, c, h)
@@ -87,7 +98,7 @@ else:
             if scale == 40.0:
                 assert (stats[0] != stats[1]).any() and float(want[0].min()) < -60  # the guard's list was not empty
 
-    def test_linear_masks_the_vocabulary_tail():
+    def test_linear_masks_the_vocabulary_tail(route):
         """Flat logits at a width that no tile divides: an unmasked tail would add 127 to every sum of 4097."""
         hidden, weight, targets, c, _ = make(5, 4097, 16, 0.004)
         logp = run(hidden, weight, targets, c, None, 0)[0]
@@ -136,13 +147,13 @@ else:
             half = 2.0**-25 * got[2].numel() ** 0.5 / float(want[2].norm())  # float16's own resolution of the result
             assert got[2].dtype == torch.float16 and relative(got[2], want[2]) <= 4e-3 + half
 
-    def test_linear_target_out_of_range_gives_nan():
+    def test_linear_target_out_of_range_gives_nan(route):
         hidden, weight, targets, c, _ = make(5, 130, 16)
         targets[2] = 130
         logp = run(hidden, weight, targets, c, None, 5)[0]
         assert logp.isnan().tolist() == [False, False, True, False, False]
 
-    def test_linear_shard_sums_add_up():
+    def test_linear_shard_sums_add_up(route):
         hidden, weight, targets, _, _ = make(40, 600, 16)
         whole = lt.forward(hidden, weight, targets, 1.0, True, torch.empty(0, 640))
         total, k = torch.zeros(2, 40), torch.zeros(40)

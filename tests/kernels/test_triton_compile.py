@@ -1,5 +1,8 @@
 """The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU; registers, shared memory and spills are printed
 (`pytest -rP`) and gated: no stack frame, no local memory, shared memory within a block's limit, tensor cores in use.
+
+The suite compiles the configurations with the most live registers and one of each kind. All that a call can select, on
+consumer GPUs (sm_89, sm_120) too:    python tests/kernels/test_triton_compile.py
 """
 
 import os
@@ -19,8 +22,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block, CUDA C++ Programming Guide, table 31
+# Bytes per block, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 ARCHITECTURES = (80, 90, 100)
+MMA = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
 def compile_kernel(kernel, types, constants, capability, num_warps, num_stages=3):
@@ -54,15 +59,11 @@ def check(label, kernel, types, constants, capability, num_warps, num_stages, tm
     assert stack == 0 and local == 0, "registers spill"
     assert shared <= SHARED_LIMIT[capability]
     if tensor_cores:
-        assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability] in ptx
+        assert MMA[capability] in ptx
 
 
 def descriptor(dtype, rows, columns, tma):
     return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
-
-
-def tile_for(operation, capability, size):
-    return lt.TILES.get((operation, capability // 10, size)) or lt.TILES[operation, 8, size]
 
 
 PRODUCTS = {  # name: (operation, MODE, LIST, WITH_U, STORE_E, SCALED)
@@ -73,18 +74,32 @@ PRODUCTS = {  # name: (operation, MODE, LIST, WITH_U, STORE_E, SCALED)
     "recompute": ("forward", lt.EXPONENTIALS, False, False, True, False),
     "recompute, scaled": ("forward", lt.EXPONENTIALS, False, False, True, True),
     "guard, maximum": ("guard", lt.MAXIMUM, True, False, False, False),
-    "guard, sums": ("guard", lt.SUMS, True, True, True, False),
+    "guard, entropy, cached": ("guard", lt.SUMS, True, True, True, False),
+    "guard, cached": ("guard", lt.SUMS, True, False, True, False),
+    "guard, entropy": ("guard", lt.SUMS, True, True, False, False),
+    "guard": ("guard", lt.SUMS, True, False, False, False),
 }
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# float16 never caches and scales what it recomputes; the others never scale.
+ALL_PRODUCTS = [
+    (name, dtype)
+    for dtype in SIZES
+    for name in PRODUCTS
+    if ("scaled" in name) == (dtype == "fp16" and "recompute" in name) and not (dtype == "fp16" and "cached" in name)
+]
+HEAVIEST = ("forward, entropy, cached", "forward", "recompute", "guard, maximum", "guard, entropy, cached")
+SUITE = [
+    *((name, "bf16", capability) for name in HEAVIEST for capability in ARCHITECTURES),
+    *(("recompute, scaled", "fp16", capability) for capability in ARCHITECTURES),
+    *(("forward, entropy, cached", "bf16", capability) for capability in (89, 120)),
+    *((name, "fp32", 90) for name in HEAVIEST),
+]
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "fp16" if "scaled" in name else "bf16") for name in PRODUCTS), ("forward, entropy, cached", "fp32")],
-)
-def test_linear_logprob_product(name, dtype, capability, tmp_path):
+@pytest.mark.parametrize(("name", "dtype", "capability"), SUITE)
+def test_linear_logprob_product(name, dtype, capability, tmp_path, rows=None):
     operation, mode, listed, with_u, store, scaled = PRODUCTS[name]
-    c = tile_for(operation, capability, 4 if dtype == "fp32" else 2)
+    c = lt.configured(operation, capability // 10, SIZES[dtype])
     types = {
         "x": f"*{dtype}",
         "w": f"*{dtype}",
@@ -126,7 +141,7 @@ def test_linear_logprob_product(name, dtype, capability, tmp_path):
         f"product: {name} {dtype}",
         lt.product_kernel,
         types,
-        constants,
+        constants | ({} if rows is None else {"M": rows}),  # Triton makes a constant of an argument that is 1
         capability,
         c.num_warps,
         c.num_stages,
@@ -135,27 +150,36 @@ def test_linear_logprob_product(name, dtype, capability, tmp_path):
     )
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize(("first", "only"), [(True, True), (True, False), (False, False)])
-def test_linear_logprob_grad_hidden(first, only, capability, tmp_path):
-    c = tile_for("grad_hidden", capability, 2)
+SLICES = [(True, True), (True, False), (False, False)]  # the only one, the first, a later one
+
+
+@pytest.mark.parametrize(
+    ("first", "only", "dtype", "capability"),
+    [
+        *((*s, "bf16", capability) for s in SLICES for capability in ARCHITECTURES),
+        (False, False, "bf16", 120),
+        (True, True, "fp32", 90),
+    ],
+)
+def test_linear_logprob_grad_hidden(first, only, dtype, capability, tmp_path):
+    c = lt.configured("grad_hidden", capability // 10, SIZES[dtype])
     types = {
-        "E": "*bf16",
-        "w": "*bf16",
+        "E": f"*{dtype}",
+        "w": f"*{dtype}",
         "acc32": "*fp32",
-        "out": "*bf16",
+        "out": f"*{dtype}",
         "scale": "*fp32",
         "M": "i32",
         "V": "i32",
         "H": "i32",
         "stride_e": "i32",
         "stride_w": "i32",
-        "e_desc": descriptor("bf16", c.BM, c.BK, c.tma),
-        "w_desc": descriptor("bf16", c.BK, c.BV, c.tma),
+        "e_desc": descriptor(dtype, c.BM, c.BK, c.tma),
+        "w_desc": descriptor(dtype, c.BK, c.BV, c.tma),
     }
     constants = {"FIRST": first, "ONLY": only, "TMA": c.tma, "BM": c.BM, "BV": c.BV, "BK": c.BK, "GROUP": c.group}
     check(
-        f"grad_hidden: first {first}, only {only}",
+        f"grad_hidden: first {first}, only {only} {dtype}",
         lt.grad_hidden_kernel,
         types,
         constants,
@@ -163,7 +187,7 @@ def test_linear_logprob_grad_hidden(first, only, capability, tmp_path):
         c.num_warps,
         c.num_stages,
         tmp_path,
-        tensor_cores=True,
+        tensor_cores=dtype != "fp32",
     )
 
 
@@ -231,6 +255,31 @@ def test_linear_logprob_row_kernels(capability, tmp_path):
             tmp_path,
         )
     check(
+        "epilogue on given logits",
+        lt.epilogue_kernel,
+        {
+            "z": f,
+            "y": "*i64",
+            "target": f,
+            "anchor": f,
+            "S_part": f,
+            "U_part": f,
+            "E": "*bf16",
+            "at_target": f,
+            "row_scale": f,
+            "inv_t": "fp32",
+        }
+        | dict.fromkeys(
+            ["first_row", "first_v", "first_tile", "width", "M", "R", "stride_z", "stride_e"],
+            i,
+        ),
+        {"MODE": lt.SUMS, "WITH_U": True, "STORE_E": True, "SCALED": False, "B": lt.BLAS_BLOCK},
+        capability,
+        8,
+        3,
+        tmp_path,
+    )
+    check(
         "convert",
         lt.convert_kernel,
         {
@@ -297,3 +346,21 @@ def test_token_logprob(capability, tmp_path):
         3,
         tmp_path,
     )
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    count = 0
+    for capability in SHARED_LIMIT:
+        for name, dtype in ALL_PRODUCTS:
+            test_linear_logprob_product(name, dtype, capability, folder)
+        test_linear_logprob_product("forward, entropy, cached", "bf16", capability, folder, rows=1)
+        for dtype in SIZES:
+            for first, only in SLICES:
+                test_linear_logprob_grad_hidden(first, only, dtype, capability, folder)
+        test_linear_logprob_row_kernels(capability, folder)
+        test_token_logprob(capability, folder)
+        count += len(ALL_PRODUCTS) + 1 + len(SIZES) * len(SLICES)
+    print(f"{count} products and the row kernels, no spills")
