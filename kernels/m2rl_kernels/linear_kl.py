@@ -94,32 +94,40 @@ def sampled_reverse_kl(logp_N: Tensor, teacher_logp_N: Tensor) -> Tensor:
     return estimate_N + estimate_N * (logp_N - logp_N.detach())
 
 
-def _check(x, w, x2, w2, direction, temperature, live, chunk_bytes) -> None:
-    for name, h, weight in (("", x, w), ("teacher_", x2, w2)):
-        _require(h.dim() == 2, f"{name}hidden must have two dimensions, got {list(h.shape)}")
-        _require(
-            weight.dim() == 2 and weight.shape[1] == h.shape[1] and weight.shape[0] > 0,
-            f"{name}weight must have shape [V, {h.shape[1]}], V > 0, got {list(weight.shape)}",
-        )
-        _require(
-            h.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-            f"{name}hidden must be float16, bfloat16, float32 or float64, got {h.dtype}",
-        )
-        _require(
-            weight.dtype == h.dtype, f"{name}weight must have the dtype of {name}hidden, {h.dtype}, got {weight.dtype}"
-        )
-        _require(
-            weight.device == h.device == x.device,
-            f"{name}hidden and {name}weight must be on {x.device}, got {h.device} and {weight.device}",
-        )
-    N = x.shape[0]
-    _require(x2.shape[0] == N, f"teacher_hidden must have the rows of hidden, {N}, got {x2.shape[0]}")
+def _check_pair(x, name, h, weight) -> None:
+    _require(h.dim() == 2, lambda: f"{name}hidden must have two dimensions, got {list(h.shape)}")
     _require(
-        w2.shape[0] == w.shape[0], f"teacher_weight must have the vocabulary of weight, {w.shape[0]}, got {w2.shape[0]}"
+        weight.dim() == 2 and weight.shape[1] == h.shape[1] and weight.shape[0] > 0,
+        lambda: f"{name}weight must have shape [V, {h.shape[1]}], V > 0, got {list(weight.shape)}",
     )
-    _require(direction in ("reverse", "forward"), f"direction must be 'reverse' or 'forward', got {direction!r}")
-    _require(0 < temperature < float("inf"), f"temperature must be positive and finite, got {temperature}")
-    _require(chunk_bytes > 0, f"chunk_bytes must be positive, got {chunk_bytes}")
+    _require(
+        h.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        lambda: f"{name}hidden must be float16, bfloat16, float32 or float64, got {h.dtype}",
+    )
+    _require(
+        weight.dtype == h.dtype,
+        lambda: f"{name}weight must have the dtype of {name}hidden, {h.dtype}, got {weight.dtype}",
+    )
+    _require(
+        weight.device == h.device == x.device,
+        lambda: f"{name}hidden and {name}weight must be on {x.device}, got {h.device} and {weight.device}",
+    )
+
+
+def _check(x, w, x2, w2, direction, temperature, live, chunk_bytes) -> None:
+    _check_pair(x, "", x, w)
+    _check_pair(x, "teacher_", x2, w2)
+    N = x.shape[0]
+    _require(x2.shape[0] == N, lambda: f"teacher_hidden must have the rows of hidden, {N}, got {x2.shape[0]}")
+    _require(
+        w2.shape[0] == w.shape[0],
+        lambda: f"teacher_weight must have the vocabulary of weight, {w.shape[0]}, got {w2.shape[0]}",
+    )
+    _require(
+        direction in ("reverse", "forward"), lambda: f"direction must be 'reverse' or 'forward', got {direction!r}"
+    )
+    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _require(chunk_bytes > 0, lambda: f"chunk_bytes must be positive, got {chunk_bytes}")
     _require(
         live is None or (live.dtype == torch.bool and live.shape == (N,)),
         lambda: f"live must be bool of shape [N] = [{N}], got {live.dtype} {list(live.shape)}",
