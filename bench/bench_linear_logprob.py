@@ -2,6 +2,7 @@
 
     pytest bench/bench_linear_logprob.py --benchmark-only [-s]         a few shapes, CPU or GPU
     python bench/bench_linear_logprob.py [--full] [--out FILE]         the tables
+    python bench/bench_linear_logprob.py --products [--out FILE]       TFLOP/s of each product (GPU): the kill test
 
 Modes: `forward`; `both` = forward and backward to hidden and weight; `dead` = both, with 40% of the rows dead. The
 upstream gradient is that of an on-policy policy gradient, c = -advantage / N with one advantage per sequence of 64
@@ -12,6 +13,8 @@ products of the mode (1 or 3, over live rows) by torch.mm in the same dtype and 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import statistics
 import sys
 from pathlib import Path
 
@@ -177,6 +180,80 @@ def run(N, V, H, mode, full=False, rounds=None) -> list[dict]:
     return rows
 
 
+KILL_TFLOPS = 620  # a fused first product below this gives way to torch.mm and a pass over its result
+
+
+def products(N=16384, V=151936, H=2560) -> list[dict]:
+    """Each product of a step alone, beside cuBLAS and beside other tiles; each is 2 N V H operations. To act on it:
+    edit TILES and LOGITS in linear_logprob_triton.py."""
+    from m2rl_kernels import linear_logprob_triton as lt
+
+    case = Case(N, V, H, "forward")
+    x, w, y = case.x, case.w, case.y
+    generation = lt.generation(torch.cuda.get_device_capability()[0])
+    E = torch.empty(N, lt.cache_columns(V), dtype=x.dtype, device=x.device)[:, :V]
+    dx, dw, scale = torch.empty_like(x), torch.empty_like(w), torch.ones(N, device=x.device)
+
+    def forward(route="fused", tile=None):
+        def call():
+            old_route, old_tiles = lt.LOGITS[generation], dict(lt.TILES)
+            lt.LOGITS[generation] = route
+            if tile:
+                lt.TILES["forward", generation, 2] = tile
+                lt.TILES["guard", generation, 2] = dataclasses.replace(tile, num_stages=2)
+            try:
+                lt.forward(x, w, y, 1.0, False, E)
+            finally:
+                lt.LOGITS[generation] = old_route
+                lt.TILES.update(old_tiles)
+            return {}
+
+        return call
+
+    def grad_hidden(tile=None):
+        def call():
+            old = dict(lt.TILES)
+            if tile:
+                lt.TILES["grad_hidden", generation, 2] = tile
+            try:
+                lt._grad_hidden(E, w, None, dx, scale, True, True)
+            finally:
+                lt.TILES.update(old)
+            return {}
+
+        return call
+
+    calls = {
+        "forward, fused": forward(),
+        "forward, blas": forward("blas"),
+        "torch.mm": lambda: (torch.mm(x, w.T, out=E), {})[1],
+        "dX, ours": grad_hidden(),
+        "dX, torch.mm": lambda: (torch.mm(E, w, out=dx), {})[1],
+        "dW, torch.mm": lambda: (torch.mm(E.T, x, out=dw), {})[1],
+    }
+    for operation, make in (("forward", lambda t: forward(tile=t)), ("grad_hidden", grad_hidden)):
+        shipped = lt.configured(operation, generation, 2)
+        for stages in (3, 4):
+            for group in (8, 16, 32):
+                tile = dataclasses.replace(shipped, num_stages=stages, group=group)
+                if tile != shipped:
+                    calls[f"{operation}, {stages} stages, group {group}"] = make(tile)
+    rows = []
+    for name, call in calls.items():
+        row = {"kernel": "linear_logprob products", "N": N, "V": V, "H": H, "provider": name}
+        try:
+            seconds = statistics.median(protocol.interleaved({name: call}, 10, 3)[name])
+            row |= {"median_s": seconds, "tflops": 2e-12 * N * V * H / seconds}
+            print(f"{name:36} {seconds * 1e3:8.2f} ms {row['tflops']:7.1f} TFLOP/s", flush=True)
+        except Exception as problem:  # a tile may need more shared memory than there is
+            row["absent"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+            print(f"{name:36} {row['absent']}", flush=True)
+        rows.append(row)
+    verdict = "stays" if rows[0].get("tflops", 0) >= KILL_TFLOPS else "gives way to torch.mm: set LOGITS to 'blas'"
+    print(f"kill test, {KILL_TFLOPS} TFLOP/s on H100 and H200: the fused product {verdict}")
+    return rows
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("N", "V", "H"), shapes(full=False))
 def test_linear_logprob(benchmark, N, V, H, mode):
@@ -194,9 +271,16 @@ if __name__ == "__main__":
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--out", help="add the rows to this JSON file")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--products", action="store_true", help="TFLOP/s of each product, on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(protocol.device_name(), protocol.versions())
-    table = [row for shape in shapes(options.full) for mode in MODES for row in run(*shape, mode, options.full)]
+    if options.products and not torch.cuda.is_available():
+        parser.error("--products needs an NVIDIA GPU: torch.cuda.is_available() is False")
+    table = (
+        products()
+        if options.products
+        else [row for shape in shapes(options.full) for mode in MODES for row in run(*shape, mode, options.full)]
+    )
     if options.out:
         protocol.save(options.out, table, "python " + " ".join(sys.argv))

@@ -141,6 +141,33 @@ def test_linear_row_bits_depend_on_nothing_else(dtype, scale, argmin, entropy_gr
     assert all(torch.equal(a, b) for a, b in zip(again, whole))  # dW too
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize(("scale", "argmin"), [(1.0, False), (30.0, True)], ids=["normal", "guard"])
+def test_linear_with_logits_by_torch_mm(scale, argmin, entropy_gradient, poison, monkeypatch):
+    """The route for an architecture on which the fused product is slow."""
+    from m2rl_kernels import linear_logprob_triton as lt
+
+    monkeypatch.setattr(lt, "LOGITS", dict.fromkeys(lt.LOGITS, "blas"))
+    hidden, weight, targets, c, h = make(5000, 50257, 1024, BF16, scale, argmin)
+    h = h if entropy_gradient else None
+    want = exact(hidden, weight, targets, c, h)
+    for cache_bytes in (5 << 30, 2432 * 50304 * 2, 0):
+        got = run(hidden, weight, targets, c, h, cache_bytes=cache_bytes)
+        assert_bounds(got, want, z_max=5 * scale)
+        assert all(torch.equal(a, b) for a, b in zip(got, run(hidden, weight, targets, c, h, cache_bytes=cache_bytes)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one():
+    hidden, weight, targets, c, h = make(300, 4097, 256)
+    want = run(hidden, weight, targets, c, h)
+    assert torch.cuda.current_device() == 0
+    got = run(*(t.to("cuda:1") for t in (hidden, weight, targets, c, h)))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip((t.cpu() for t in want), got))
+    logits = (hidden @ weight.T).to("cuda:1")
+    assert torch.equal(token_logprob(logits, targets.to("cuda:1")).cpu(), token_logprob(logits.to(0), targets).cpu())
+
+
 def test_linear_beyond_int32_offsets():
     """16384 x 151936 elements are more than 2^31; the last rows are the ones an int32 offset would lose."""
     N, V, H = 16384, 151936, 256
