@@ -1,4 +1,5 @@
-"""linear_logprob beside eager torch, torch.compile, TRL's formula, cut-cross-entropy and Liger's chunked GRPO loss.
+"""linear_logprob beside eager torch, torch.compile, TRL's formula, cut-cross-entropy and Liger's two: its scaled
+cross-entropy (a Hopper kernel on sm_90, chunks of 512 tokens elsewhere) and its chunked GRPO loss.
 
     pytest bench/bench_linear_logprob.py --benchmark-only [-s]         a few shapes, CPU or GPU
     python bench/bench_linear_logprob.py [--full] [--out FILE]         the tables
@@ -23,9 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import protocol
+from bench_token_logprob import SEQUENCE, trl
 from m2rl_kernels import linear_logprob
 
-SEQUENCE = 64
 QWEN3_HEADS = {"0.6B": 1024, "1.7B": 2048, "4B": 2560, "8B": 4096}  # hidden width; vocabulary 151936
 MODES = ("forward", "both", "dead")
 
@@ -125,12 +126,7 @@ def providers(case: Case, full: bool) -> dict[str, protocol.Provider | str]:
         found["torch.compile"] = lambda: case.finish(compiled(case.x, case.w, case.y))
     else:
         found["torch.compile"] = "on the CPU only with --full (a minute of compilation)"
-    try:
-        from trl.trainer.utils import selective_log_softmax
-
-        found["TRL"] = lambda: case.finish(selective_log_softmax(case.x @ case.w.T, case.y))
-    except ImportError as problem:
-        found["TRL"] = f"not importable: {problem}"
+    found["TRL formula"] = lambda: case.finish(trl(case.x @ case.w.T, case.y))
     try:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -143,6 +139,13 @@ def providers(case: Case, full: bool) -> dict[str, protocol.Provider | str]:
             found["CCE"] = "its kernels need a GPU"
     except ImportError as problem:
         found["CCE"] = f"not importable: {problem}"
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as ce
+
+        targets = case.y.masked_fill(~case.live, -100)  # its way to skip a row
+        found["Liger scaled CE"] = lambda: case.finish(-ce.apply(case.x, case.w, targets))
+    except ImportError as problem:
+        found["Liger scaled CE"] = f"not importable: {problem}"
     if case.mode == "forward":
         return found
     try:
