@@ -55,8 +55,9 @@ class Distillation(Run):
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
         """One distillation step; the student's engine, packing, learner and metrics are GRPO's."""
         c, phases = self.config, Phases()
-        with phases("rollout"):
+        with self.generating(step, phases), phases("rollout"):
             samples = self.collect(self.mixture.batch(step), c.rollout.group_size, step)
+        with phases("pack"):
             # every sample teaches: advantages of 1 keep all rows, the teacher writes the real ones
             rows = to_rows(samples, np.ones(len(samples)), self.domains, c.objective, c.rollout.max_new_tokens)
         totals = torch.zeros(())
@@ -74,8 +75,7 @@ class Distillation(Run):
                     totals = totals + self.learner.backward(its, TeacherDivergence(teacher, direction))
         with phases("learn"):
             stats = self.learner.update(totals, step)
-        with phases("sync"):
-            self.engine.sync(self.policy, step + 1)
+        self.alarm(step, stats)
         self.report(step, samples, rows, stats, phases)
         return stats, phases
 
@@ -83,7 +83,7 @@ class Distillation(Run):
         self, step: int, samples: Sequence[Sample], rows: Sequence[TrainRow], stats: StepStats, phases: Phases
     ) -> None:
         groups: list[GroupStats] = []
-        values = metrics.rollout_metrics(samples, groups)
+        values = metrics.rollout_metrics(samples, groups) | self.engine_metrics(step, samples)
         mass = np.bincount(
             [r.domain for r in rows], [r.weight * r.trained.sum() for r in rows], minlength=len(self.domains)
         )

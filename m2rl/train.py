@@ -327,7 +327,10 @@ class Run:
         reference = None
         if c.objective.kl_coef > 0:
             reference = self.build_policy(self.model_path).requires_grad_(False).eval()
+        parked = self.park()  # a resumed run's moments are where the engine builds its cache
         self.engine: Engine = self.build_engine()
+        self.engine.sleep()
+        parked.restore()
         self.sharing = Sharing(not r.deterministic, r.tensor_parallel)
         self.carry = CarryOver(int(r.carry_over * r.prompts_per_step))
         carried = [(step, i) for step, i in state.get("carried", [])]
@@ -411,15 +414,21 @@ class Run:
                 **summary,
                 "groups_replaced": replaced,
                 "groups_carried": len(self.carry.places),
-                "sync_route": getattr(self.engine, "route", "copy"),
-                **{f"memory/free_{edge}_gib": free for edge, free in getattr(self.engine, "ledger", {}).items()},
-                "weight_lag": step - min((s.weight_version for s in samples), default=step),
+                **self.engine_metrics(step, samples),
             },
         )
         rewards = "  ".join(f"{d} [bold]{summary[f'{d}/reward']:.2f}[/]" for d in self.domains)
         generated = sum(len(s.tokens) for s in samples)
         self.display.update(step + 1, f"reward {rewards}  {generated / phases.seconds['rollout']:,.0f} tok/s")
         return stats, phases
+
+    def engine_metrics(self, step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+        """How weights reached the engine, what was free at each edge of its memory, and how old the oldest were."""
+        return {
+            "sync_route": getattr(self.engine, "route", "copy"),
+            **{f"memory/free_{edge}_gib": free for edge, free in getattr(self.engine, "ledger", {}).items()},
+            "weight_lag": step - min((s.weight_version for s in samples), default=step),
+        }
 
     def alarm(self, step: int, stats: StepStats) -> None:
         """Say so when trainer and engine drift apart: then the samples are not the policy's own."""
@@ -501,12 +510,15 @@ class Run:
             carry=carry,
         )
 
+    def park(self) -> Parked:
+        return park(self.learner.optimizer) if self.config.rollout.park_optimizer else Parked()
+
     @contextlib.contextmanager
     def generating(self, version: int, phases: Phases | None = None) -> Iterator[None]:
         """The engine awake with the policy's weights; afterwards the accelerator's memory is the trainer's again."""
         phases = phases or Phases()
         with phases("sync"):
-            parked = park(self.learner.optimizer) if self.config.rollout.park_optimizer else Parked()
+            parked = self.park()
             self.engine.sync(self.policy, version)
             self.engine.wake()
         yield
