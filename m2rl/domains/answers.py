@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 MAX_BOX_CHARS = 4096
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{")
-_BETWEEN = re.compile(r"[$\s]*(?:,|,?\s*and|,?\s*\\text\{\s*and\s*\})[$\s]*$")
+_BETWEEN = re.compile(r"[$\s]*(?:,|,?\s*(?:and|or)|,?\s*\\text\{\s*(?:and|or)\s*\})[$\s]*$")
 _ANSWER = re.compile(r"\banswer\b[ \t*_]{0,8}(?:is[ \t*_]{0,8})?[:：][ \t*_]{0,8}", re.IGNORECASE)
 
 
@@ -38,7 +38,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_boxed_list(text: str) -> str | None:
-    """As `last_boxed`, but boxes with a comma or an "and" between them and nothing else are one answer: "1, 2"."""
+    """As `last_boxed`, but boxes with a comma, "and" or "or" between them and nothing else are one answer: "1, 2"."""
     parts, follows = list[str](), None
     for start, end, content in _boxes(text):
         if follows is not None and not (end < follows <= end + 24 and _BETWEEN.match(text, end, follows)):
