@@ -32,7 +32,7 @@ from m2rl.types import Verdict
 MAX_TESTS = 50
 TIME_LIMIT_S = 4.0
 REMEMBERED = 2048  # verdicts: the samples of a group often write the same program
-LANGUAGES = frozenset({"python", "py", "python3", "py3", "python2", "pypy", "pypy3", "cpython", "sage"})
+_PYTHON = re.compile(r"(?:i?python|py|pypy|cpython)[0-9.]*|sage")
 
 _budget_s = 8.0
 _verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
@@ -127,6 +127,7 @@ def subset(pairs: Sequence[tuple[Any, Any]], most: int) -> list[tuple[Any, Any]]
 # ---- the program in a response ---------------------------------------------------------------------------------------
 
 _OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*\{?\.?([\w+#.-]*)[^\n`]*$")
+_QUOTE = re.compile(r"^\s*>\s?")
 _ONE_LINE = re.compile(r"^\s*(?:[-*\d.]+\s+)?```(?:(\w+)[ \t]+)?([^`]+)```\s*$")
 
 
@@ -136,16 +137,16 @@ def program(response: str) -> str | None:
     for language, body in blocks(response):
         if not body.strip():
             continue
-        if language in LANGUAGES:
+        if _PYTHON.fullmatch(language):
             marked = body
         elif not language:
             unmarked = body
     return marked if marked is not None else unmarked
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """(language in lower case, body) of every fenced block: ``` or ~~~, indented in a list, after text on its line,
-    closed on a line of its own or at the end of one, or not at all."""
+def blocks(text: str, nested: bool = True) -> list[tuple[str, str]]:
+    """(language in lower case, body) of every fenced block: ``` or ~~~, indented in a list, quoted with >, inside a
+    block of Markdown, after text on its line, closed on a line of its own or at the end of one, or not at all."""
     found: list[tuple[str, str]] = []
     lines = text.replace("\r\n", "\n").split("\n")
     i = 0
@@ -159,11 +160,13 @@ def blocks(text: str) -> list[tuple[str, str]]:
         if not opening:
             continue
         before = line[: opening.start()].strip("-*+> \t0123456789.")
-        if before and opening.group(2).lower() not in LANGUAGES and not before.endswith(":"):
+        language = opening.group(2).lower()
+        if before and not _PYTHON.fullmatch(language) and not before.endswith(":"):
             continue  # backticks within a sentence
-        fence, body = opening.group(1), []
+        quoted = line.lstrip().startswith(">")
+        fence, body = opening.group(1), list[str]()
         while i < len(lines):
-            inner = lines[i]
+            inner = _QUOTE.sub("", lines[i]) if quoted else lines[i]
             i += 1
             bare = inner.strip()
             if len(bare) >= len(fence) and set(bare) == {fence[0]}:
@@ -172,9 +175,10 @@ def blocks(text: str) -> list[tuple[str, str]]:
                 body.append(inner.rstrip().rstrip("`"))
                 break
             body.append(inner)
-        if line[: opening.start()] and not before:  # a fence in a list carries its block's indentation
-            body = textwrap.dedent("\n".join(body)).split("\n")
-        found.append((opening.group(2).lower(), "\n".join(body) + "\n"))
+        text_in = "\n".join(body) + "\n"
+        if text_in.lstrip("\n")[:1].isspace():  # no program starts so: it has the indentation of a list
+            text_in = textwrap.dedent(text_in)
+        found += blocks(text_in, False) if nested and language in ("markdown", "md") else [(language, text_in)]
     return found
 
 

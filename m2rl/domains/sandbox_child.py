@@ -188,7 +188,7 @@ def run_program(limits, config):
         if job["prelude"]:
             space.update(config["prelude"])
             sys.setrecursionlimit(50_000)
-        space["__file__"] = "program.py"
+        space.update(__file__="program.py", __builtins__=builtins)
         name = job.get("name")
         try:
             code = compile(job["source"], "program.py", "exec", dont_inherit=True)

@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from m2rl.domains import math
-from m2rl.domains.answers import last_answer_line, last_boxed
+from m2rl.domains.answers import last_answer_line, last_boxed_list
 from m2rl.types import Verdict
 
 REGEX_CHARS = 20_000  # a row's own regex reads the end of the response
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|operatorname|boldsymbol|bf|rm)\b\s{0,3}")
 _SPOKEN = re.compile(
     r"\b(?:answer|option|choice) (?:is|would be|must be) (?:option |choice )?[*_(\[{$]{0,3}([A-Z])[*_)\]}$]{0,3}"
-    r"(?=[.!]?[*_]{0,2}(?:\s*$|\s*\n|\s+[A-Z(]|[.!]\s))",
+    r"(?=[.!]?[*_]{0,2}(?:\s*$|\s*\n|\s+[A-Z(]|[.!]\s|,? (?:because|since)\b))",
     re.MULTILINE,
 )
 _REFERENCE = (
@@ -33,9 +33,11 @@ _REFERENCE = (
     re.compile(r"([A-Z])\s{0,20}(?:is the correct)", re.IGNORECASE),
 )
 _HEAD = re.compile(
-    r"(?:option |choice |answer )?[(\[]?([a-z0-9]{1,2})[)\]]?(?:\s{0,3}[).:\-–—=]\s{0,3}(.*)|\s\((.*)\)?)?[.!]?$",
+    r"(?:(?:the )?(?:correct |final |best )?(?:option|choice|answer)(?: is)? )?(?:option |choice )?"
+    r"[(\[]?([a-z0-9]{1,2})[)\]]?(?:\s{0,3}[).:\-–—=]\s{0,3}(.*)|\s\((.*)\)?|,? (?:because|since)\b.*)?[.!]?$",
     re.DOTALL | re.IGNORECASE,
 )
+_DENIED = re.compile(r"\b(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
 _CAPITAL = re.compile(r"\b([A-Z])\b")
 
 
@@ -91,7 +93,7 @@ def _final_letter(response: str, options: Mapping[str, str], pattern: str | None
             groups = [g for g in found[-1].groups() if g] or [found[-1].group()]
             if (letter := named(groups[0], options)) is not None:
                 return letter
-    for statement in (last_boxed(response), last_answer_line(response)):
+    for statement in (last_boxed_list(response), last_answer_line(response)):
         if statement is not None and (letter := named(statement, options)) is not None:
             return letter
         if statement is not None and _letters_in(statement, options):
@@ -108,9 +110,10 @@ def named(statement: str, options: Mapping[str, str]) -> str | None:
         rest = (head.group(2) or head.group(3) or "").strip(" ).")
         own = _bare(options[letter]).lower() == rest.lower()
         others = {_bare(t).lower() for k, t in options.items() if k != letter and t}
-        if not rest or own or (rest.lower() not in others and not _letters_in(rest, options)):
+        if not rest or own:
             return letter
-        return None
+        other = rest.lower() in others or _letters_in(rest, options) or _DENIED.search(rest)
+        return None if other else letter
     same = [k for k, t in options.items() if t and _bare(t).lower() == text.lower()]
     return same[0] if len(same) == 1 else None
 
@@ -123,7 +126,7 @@ def _letters_in(text: str, options: Mapping[str, str]) -> set[str]:
 def _bare(text: str) -> str:
     """Without LaTeX dress and end marks."""
     text = _WRAPPER.sub(" ", text).replace("\\,", " ").replace("\\ ", " ")
-    return " ".join(re.sub(r"[{}$*_`]|\\[()\[\]]", " ", text).split()).strip(" .;,")
+    return " ".join(re.sub(r"[{}$*_`]|\\[()\[\]]", " ", text).split()).strip(" .;,\"'“”‘’<>")
 
 
 def _reference_letter(response: str, options: Mapping[str, str]) -> str | None:

@@ -1,9 +1,10 @@
 """The system-call filter of the code sandbox, as a classic BPF program: what is not listed here fails with EPERM.
 
 A program gets files (which ones is decided elsewhere), memory, threads, clocks and signals to itself. It gets no
-process, no exec, no socket but a socketpair, no signal to others, no other process's memory or limits, no mount, no
-namespace, no keyring, bpf or io_uring. clone3 and openat2 take their flags in memory, where a filter cannot read them:
-they fail with ENOSYS, and libc falls back to clone and openat.
+process, no exec, no socket but a socketpair, no signal to others (nor by way of a descriptor's owner: F_SETOWN,
+FIOSETOWN), no other process's memory or limits, no mount, no namespace, no keyring, bpf or io_uring. clone3 and openat2
+take their flags in memory, where a filter cannot read them: they fail with ENOSYS, and libc falls back to clone and
+openat.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import struct
 _ALLOWED = """
 read 0 63  write 1 64  close 3 57  lseek 8 62  mmap 9 222  mprotect 10 226  munmap 11 215  brk 12 214  mremap 25 216
 madvise 28 233  mincore 27 232  msync 26 227  rt_sigaction 13 134  rt_sigprocmask 14 135  rt_sigreturn 15 139
-rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133  sigaltstack 131 132  ioctl 16 29
+rt_sigpending 127 136  rt_sigtimedwait 128 137  rt_sigsuspend 130 133  sigaltstack 131 132
 pread64 17 67  pwrite64 18 68  readv 19 65  writev 20 66  preadv 295 69  pwritev 296 70  preadv2 327 286
 pwritev2 328 287  access 21 -  faccessat 269 48  faccessat2 439 439  pipe 22 -  pipe2 293 59  select 23 -
 pselect6 270 72  poll 7 -  ppoll 271 73  epoll_create 213 -  epoll_create1 291 20  epoll_ctl 233 21  epoll_wait 232 -
 epoll_pwait 281 22  eventfd 284 -  eventfd2 290 19  timerfd_create 283 85  timerfd_settime 286 86
-timerfd_gettime 287 87  dup 32 23  dup2 33 -  dup3 292 24  fcntl 72 25  flock 73 32  fsync 74 82  fdatasync 75 83
+timerfd_gettime 287 87  dup 32 23  dup2 33 -  dup3 292 24  flock 73 32  fsync 74 82  fdatasync 75 83
 ftruncate 77 46  getdents 78 -  getdents64 217 61  getcwd 79 17  chdir 80 49  fchdir 81 50  rename 82 -
 renameat 264 38  renameat2 316 276  mkdir 83 -  mkdirat 258 34  rmdir 84 -  creat 85 -  link 86 -  linkat 265 37
 unlink 87 -  unlinkat 263 35  symlink 88 -  symlinkat 266 36  readlink 89 -  readlinkat 267 78  umask 95 166
@@ -42,12 +43,18 @@ _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _CLONE_THREAD = 0x00010000
 _TRUNCATES_READ_ONLY, _MODE_AND_TRUNCATE = 0o1000, 0o1003  # O_RDONLY | O_TRUNC: a write that needs no write access
 
+_OWNERSHIP = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: the kernel would send the owner any signal at all
+_TERMINAL_AND_FLAGS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: a terminal? how much to read, blocking, close-on-exec."""
+
 _CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "clone": (56, 220),
     "kill": (62, 129),
     "tgkill": (234, 131),
     "prlimit64": (302, 261),
     "socketpair": (53, 199),
+    "fcntl": (72, 25),
+    "ioctl": (16, 29),
     "open": (2, None),
     "openat": (257, 56),
     "clone3": (435, 435),
@@ -90,6 +97,8 @@ def _instructions(machine: str) -> list[Instruction]:
         "tgkill": _when(0, [(_EQUAL, 0, 1, _OWN_PID)]),
         "prlimit64": _when(0, [(_EQUAL, 0, 1, 0)]),
         "socketpair": _when(0, [(_EQUAL, 0, 1, 1)]),  # AF_UNIX: asyncio's own wake-up pipe
+        "fcntl": _when(1, [(_EQUAL, len(_OWNERSHIP) - i, 0, c) for i, c in enumerate(_OWNERSHIP)]),
+        "ioctl": _when(1, _one_of(_TERMINAL_AND_FLAGS)),
         "open": _when(1, reads),
         "openat": _when(2, reads),
         "clone3": [_UNKNOWN],
@@ -117,6 +126,11 @@ def _search(segments: list[tuple[int, list[Instruction]]]) -> list[Instruction]:
     middle = len(segments) // 2
     low, high = _search(segments[:middle]), _search(segments[middle:])
     return [(_AT_LEAST, len(low), 0, segments[middle][0]), *low, *high]
+
+
+def _one_of(values: tuple[int, ...]) -> list[Instruction]:
+    last = len(values) - 1
+    return [(_EQUAL, last - i, int(i == last), value) for i, value in enumerate(values)]
 
 
 def _when(argument: int, test: list[Instruction]) -> list[Instruction]:

@@ -5,7 +5,8 @@ promises limits and the system-call filter only: it does not hide files.
 
 Each program faces a stdin test whose expected output is a random word that stands nowhere in its input. The same word
 lies in the file $SECRET, is served on the TCP port $PORT and on the Unix socket $SOCKET, and is held in memory and
-environment by the process $PID: whoever gets at any of these would score.
+environment by the process $PID: whoever gets at any of these would score. What an attack must not be let do at all, it
+follows by printing $SECRET: at the trusted level, where files can be read, it scores if it was let.
 """
 
 from dataclasses import dataclass
@@ -195,6 +196,26 @@ while True:
 """,
     ),
     attack(
+        "a huge sparse file",
+        "trusted",
+        """
+import os
+fd = os.open("sparse", os.O_RDWR | os.O_CREAT, 0o600)
+os.ftruncate(fd, 1 << 44)
+os.pwrite(fd, b"x", 1 << 43)
+""",
+    ),
+    attack(
+        "folders that nobody may read",
+        "landlock",
+        """
+import os
+for i in range(200):
+    os.makedirs(f"a{i}/b", mode=0)
+""",
+    ),
+    attack("endless output of one line", "trusted", "import sys\nwhile True: sys.stdout.write('x' * 4096)"),
+    attack(
         "fills the disk with many files",
         "landlock",
         """
@@ -293,7 +314,7 @@ os.kill(os.getppid(), signal.SIGSTOP)
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 if libc.ptrace(16, $PID, 0, 0) == 0:
-    print("attached")
+    print(open("$SECRET").read())
 """,
     ),
     attack(
@@ -308,7 +329,7 @@ here = ctypes.create_string_buffer(1 << 16)
 for page in range(0x400000, 0x500000, 1 << 16):
     if libc.process_vm_readv($PID, ctypes.byref(Iovec(ctypes.addressof(here), 1 << 16)), 1,
                              ctypes.byref(Iovec(page, 1 << 16)), 1, 0) > 0:
-        print("read")
+        print(open("$SECRET").read())
 """,
     ),
     attack(
@@ -331,6 +352,105 @@ for pid in (os.getppid(), $PID):
         """
 import os, resource
 resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (3, 3))
+""",
+    ),
+    attack(
+        "signals a process as the owner of a pipe",
+        "trusted",
+        """
+import fcntl, os, signal
+for own in (lambda fd: fcntl.fcntl(fd, fcntl.F_SETOWN, $PID),
+            lambda fd: fcntl.fcntl(fd, 15, __import__("struct").pack("ii", 1, $PID))):
+    read, write = os.pipe()
+    try:
+        own(read)
+        fcntl.fcntl(read, 10, signal.SIGKILL)
+    except OSError:
+        continue
+    fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)
+    os.write(write, b"x")
+""",
+    ),
+    attack(
+        "signals a process as the owner of a socket",
+        "trusted",
+        """
+import fcntl, socket, struct
+a, b = socket.socketpair()
+for request in (0x8901, 0x8902):
+    try:
+        fcntl.ioctl(a, request, struct.pack("i", $PID))
+        fcntl.ioctl(a, 0x5452, struct.pack("i", 1))
+        b.send(b"x")  # SIGIO ends who does not expect it
+    except OSError:
+        pass
+""",
+    ),
+    attack(
+        "signals a thread or a pidfd",
+        "trusted",
+        """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.syscall(200, $PID, 9)                       # tkill
+libc.syscall(234, $PID, $PID, 9)                 # tgkill
+libc.syscall(129, $PID, 9, ctypes.create_string_buffer(128))   # rt_sigqueueinfo
+fd = libc.syscall(434, $PID, 0)                  # pidfd_open
+libc.syscall(424, fd, 9, None, 0)                # pidfd_send_signal
+if libc.syscall(438, fd, 1, 0) >= 0:             # pidfd_getfd
+    print(open("$SECRET").read())
+""",
+    ),
+    attack(
+        "runs a program out of memory",
+        "trusted",
+        """
+import ctypes, os
+libc = ctypes.CDLL(None)
+fd = libc.syscall(319, b"x", 0)                  # memfd_create
+if fd < 0:
+    fd = os.open("payload", os.O_RDWR | os.O_CREAT, 0o700)
+os.write(fd, b"#!/bin/sh\\ncat $SECRET\\nsleep 3600\\n")
+empty = (ctypes.c_char_p * 1)()
+libc.syscall(322, fd, b"", empty, empty, 0x1000) # execveat
+""",
+    ),
+    attack(
+        "faults, watches and traces through the kernel",
+        "trusted",
+        """
+import ctypes, os
+libc = ctypes.CDLL(None)
+buffer = ctypes.create_string_buffer(256)
+for number, *arguments in (
+    (323, 0),                                    # userfaultfd
+    (298, buffer, $PID, -1, -1, 0),              # perf_event_open
+    (321, 0, buffer, 64),                        # bpf
+    (312, $PID, $PID, 0, 0, 0),                  # kcmp
+    (303, -100, b"$SECRET", buffer, buffer, 0),  # name_to_handle_at
+    (250, 0, -3, 1),                             # keyctl
+    (29, 7, 4096, 0o1777),                       # shmget
+    (240, b"x", 66, 0o600, 0),                   # mq_open
+    (161, b"/"),                                 # chroot
+    (272, 0x10000000),                           # unshare
+    (135, 0x0040000),                            # personality
+):
+    if os.uname().machine == "x86_64" and libc.syscall(number, *arguments) >= 0:
+        print(open("$SECRET").read())
+""",
+    ),
+    attack(
+        "slows a process down",
+        "trusted",
+        """
+import os
+for hurt in (lambda: os.setpriority(os.PRIO_PROCESS, $PID, 19), lambda: os.sched_setaffinity($PID, {0}),
+             lambda: os.sched_setscheduler($PID, os.SCHED_IDLE, os.sched_param(0))):
+    try:
+        hurt()
+        print(open("$SECRET").read())
+    except OSError:
+        pass
 """,
     ),
     attack("reads the environment of a process", "landlock", "print(open('/proc/$PID/environ').read())"),
@@ -520,6 +640,22 @@ asyncio.run(ask())
 """,
     ),
     attack(
+        "asks a Unix socket from a socket pair",
+        "trusted",
+        """
+import socket
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+    a, b = socket.socketpair(socket.AF_UNIX, kind)
+    for ask in (lambda: a.sendto(b"x", '$SOCKET'), lambda: a.connect('$SOCKET'), lambda: a.bind('$FOLDER/left'),
+                lambda: a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, bytes(4))])):
+        try:
+            ask()
+            print(a.recv(100, socket.MSG_DONTWAIT).decode())
+        except OSError:
+            pass
+""",
+    ),
+    attack(
         "opens a port",
         "trusted",
         """
@@ -533,7 +669,7 @@ socket.create_server(('127.0.0.1', 0)); time.sleep(3600)
         """
 import ctypes
 if ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256)) >= 0:
-    print("ring")
+    print(open("$SECRET").read())
 """,
     ),
 ]
@@ -608,6 +744,55 @@ for line in open('/proc/self/maps'):
                 print(found.group().decode()); break
     except (OSError, ValueError):
         continue
+""",
+    ),
+    attack(
+        "prints after its end",
+        "trusted",
+        """
+import atexit, os, sys, threading, weakref
+class Last:
+    def __del__(self):
+        os.write(1, b"later")
+last = Last()
+weakref.finalize(last, print, "finalised")
+atexit.register(lambda: (print("at exit"), sys.stdout.flush(), os._exit(0)))
+threading.excepthook = sys.excepthook = lambda *a: os._exit(0)
+sys.stdout = open(os.dup(1), "w", buffering=1)
+raise RuntimeError
+""",
+    ),
+    attack(
+        "swaps its descriptors",
+        "trusted",
+        """
+import os
+for fd in (0, 1, 2, 3, 4):
+    for other in (0, 1, 2, 3, 4):
+        try:
+            os.dup2(fd, other)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(other, os.read(fd, 1 << 16))
+        except OSError:
+            pass
+""",
+    ),
+    attack(
+        "makes every comparison hold",
+        "trusted",
+        """
+import builtins, ctypes, operator, sys
+operator.eq = lambda a, b: True
+for kind in (str, int, list, dict):
+    try:
+        mappings = ctypes.py_object.from_address(id(kind.__dict__) + 16).value
+        mappings["__eq__"] = lambda a, b: True
+    except Exception:
+        pass
+for name in ("json", "m2rl", "m2rl.domains", "m2rl.domains.code", "pytest"):
+    sys.modules[name] = type(sys)(name)
+    sys.modules[name].verify = sys.modules[name].dumps = lambda *a, **k: '{"output": true}'
+print("anything")
 """,
     ),
     attack("ends with success before the tests", "trusted", "import os; os._exit(0)"),

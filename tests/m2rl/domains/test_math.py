@@ -1,8 +1,10 @@
 """Math: which answer is read, which answers are equal, and that nothing can hang or crash the reading."""
 
 import random
+import re
 import threading
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +37,9 @@ READ = [  # (response, what is read)
     ("answer: 42", "42"),
     ("Answer: 41\n\\boxed{42}", "42"),
     ("\\boxed{42}\nAnswer: 41", "42"),  # a box comes before any line
+    ("Answer:\n$$\n42\n$$\nDone.", "42"),
+    ("Answer:\n\\[\n42\n\\]", "42"),
+    ("Answer: `42`", "42"),
     ("42", None),
     ("", None),
     ("Answer:", None),
@@ -47,6 +52,22 @@ READ = [  # (response, what is read)
 @pytest.mark.parametrize(("response", "read"), READ, ids=[r for r, _ in READ])
 def test_the_answer_that_is_read(response, read):
     assert answers.final_answer(response) == read
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("\\boxed{1} and \\boxed{2}", "1,2", True),
+        ("$\\boxed{2}$, $\\boxed{1}$", "1,2", True),
+        ("\\boxed{1}, \\boxed{2}, and \\boxed{3}", "1,2,3", True),
+        ("\\boxed{1}, \\boxed{2}", "2", False),  # several at once are no way to hedge
+        ("\\boxed{1}. No: \\boxed{2}", "2", True),
+        ("\\boxed{1}\n\\boxed{2}", "2", True),
+        ("\\boxed{1} or \\boxed{2}", "1", False),
+    ],
+)
+def test_boxes_in_a_row_are_one_answer(response, answer, right):
+    assert (status(response, answer) == "ok") is right
 
 
 @pytest.mark.parametrize("response", ["", "no", "42", "\\boxed{}", "Answer:   ", "\\boxed{ }"])
@@ -142,6 +163,19 @@ def test_different(want, given_):
     assert verdict.reward == 0.0 and verdict.status in ("wrong", "unparsed"), verdict
 
 
+PAIRS = [
+    (line, *re.split("  (==|!=)  ", line))
+    for line in Path(__file__).with_name("math_pairs.txt").read_text("utf-8").splitlines()
+    if not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize(("want", "relation", "given_"), [p[1:] for p in PAIRS], ids=[p[0] for p in PAIRS])
+def test_golden_pairs(want, relation, given_):
+    for form in ("so \\boxed{%s}.", "So it is.\n**Answer:** %s"):
+        assert verify("math", form % given_, {"answer": want}).reward == (relation == "=="), form
+
+
 @pytest.mark.parametrize("form", ["\\boxed{{{}}}", "Answer: {}", "**Answer:** ${}$.", "The final answer is: {}"])
 def test_right_and_wrong_numbers_in_every_form(form):
     rng = random.Random(form)
@@ -188,7 +222,7 @@ def test_agrees_with_math_verify_on_generated_answers():
             ]
         )
 
-    for _ in range(60):
+    for _ in range(120):
         want = answer()
         mine = want if rng.random() < 0.3 else answer()
         expected = theirs(parse(f"\\boxed{{{want}}}"), parse(f"\\boxed{{{mine}}}"))

@@ -103,6 +103,8 @@ def test_one_slow_call_is_cut_and_the_earlier_ones_count(best):
         ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))).__name__, end='')", "A"),
         ("import asyncio\nasync def f(): return 'ok'\nprint(asyncio.run(f()), end='')", "ok"),
         ("print(len(str(2**50000)), end='')", "15052"),
+        ("print(__builtins__.open(0).read(), end='')", "ok"),
+        ("import sys, fcntl; fcntl.fcntl(0, fcntl.F_GETFL); print('' if sys.stdin.isatty() else 'ok', end='')", "ok"),
         ("if __name__ == '__main__': print('ok', end='')", "ok"),
         ("import numpy as np; print(int(np.arange(4) @ np.arange(4)), end='')", "14"),
         ("open('note', 'w').write('ok'); print(open('note').read(), end='')", "ok"),
@@ -275,8 +277,10 @@ os.read(ready, 1)
 def test_the_filter_decides_by_number_and_argument(machine):
     code, offsets = seccomp.program(machine)
     number = {
-        "x86_64": {"read": 0, "execve": 59, "clone": 56, "kill": 62, "openat": 257, "socket": 41, "ptrace": 101},
-        "aarch64": {"read": 63, "execve": 221, "clone": 220, "kill": 129, "openat": 56, "socket": 198, "ptrace": 117},
+        "x86_64": {"read": 0, "execve": 59, "clone": 56, "kill": 62, "openat": 257, "socket": 41, "ptrace": 101}
+        | {"fcntl": 72, "ioctl": 16},
+        "aarch64": {"read": 63, "execve": 221, "clone": 220, "kill": 129, "openat": 56, "socket": 198, "ptrace": 117}
+        | {"fcntl": 25, "ioctl": 29},
     }[machine]
     allow, eperm, enosys = 0x7FFF0000, 0x00050001, 0x00050026
     decide = interpreter(code, offsets, machine, own_pid=77)
@@ -287,6 +291,10 @@ def test_the_filter_decides_by_number_and_argument(machine):
     assert decide(number["kill"], 77) == allow and decide(number["kill"], 78) == eperm
     assert decide(number["openat"], 0, 0, 0) == allow and decide(number["openat"], 0, 0, 0o1000) == eperm
     assert decide(number["openat"], 0, 0, 0o1001) == allow  # write access: a matter for the file rules
+    assert {decide(number["fcntl"], 3, c) for c in (8, 10, 15)} == {eperm} and decide(number["fcntl"], 3, 4) == allow
+    terminal_and_flags = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+    assert {decide(number["ioctl"], 3, c) for c in terminal_and_flags} == {allow}
+    assert {decide(number["ioctl"], 3, c) for c in (0x8901, 0x8902, 0x5412, 0x541C, 0)} == {eperm}
     assert decide(number["read"] + 0x40000000) == eperm  # the x32 numbers
     assert decide(number["read"], machine="other") == 0x80000000
     assert {decide(n) for n in range(424, 2000)} <= {allow, eperm, enosys}

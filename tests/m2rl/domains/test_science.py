@@ -71,6 +71,12 @@ FORMS = [
     "The answer is **%s**.",
     "The correct answer is (%s)",
     "So the final answer is: %s",
+    'Answer: "%s"',
+    "Answer: <%s>",
+    "Answer: The correct answer is %s.",
+    "Answer: %s because it is the farthest",
+    "Answer: %s, since the others are too short.",
+    "Therefore the answer is %s, because it is far.",
 ]
 
 
@@ -105,11 +111,17 @@ def test_an_option_may_be_named_by_its_text(response, expected):
 HEDGES = (
     """
 A or B|A, B|A/B|A and B|A-B|A; B|A B|(A)(B)|A. B|A) B|not A|A (or B)|B) 0 km|A, or perhaps D|any|E
-A 1 km|AB|one of A, B, C, D
+A 1 km|AB|one of A, B, C, D|A: wrong|A - incorrect|A) is not it
 """.strip()
     .replace("\n", "|")
     .split("|")
 )
+
+
+def test_boxes_in_a_row_are_a_hedge():
+    assert letter("\\boxed{A} or \\boxed{B}") is None
+    assert letter("$\\boxed{A}$, $\\boxed{B}$") is None
+    assert letter("\\boxed{A}. No: \\boxed{B}") == "B"
 
 
 @pytest.mark.parametrize("hedge", HEDGES)
@@ -135,7 +147,7 @@ def test_a_box_that_is_no_option_gives_way_to_the_answer_line():
         (r"final choice -> ([a-d])", "Final choice -> B", "B"),
         (r"Final choice -> (.*)", "Final choice -> 2 km", "C"),
         (r"Final choice -> ([A-D])", "no such line\nAnswer: D", "D"),
-        (r"<<[A-D]>>|<<(\w)>>", "<<D>>", None),
+        (r"<<[A-D]>>|<<(\w)>>", "<<D>>", "D"),  # without a group, what it matched
     ],
 )
 def test_the_rows_own_regex_comes_first(pattern, response, expected):
