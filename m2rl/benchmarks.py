@@ -7,7 +7,7 @@ The nine of arXiv 2602.12566, and the embedded domains, which are generated. K i
 
     aime24, aime25          "Answer: \boxed{}" asked for; integers, leading zeros ignored
     lcb_v5, lcb_v6          the problems that release v5 / v6 added; all public and private tests must pass
-    hle                     text-only; rule-graded, which is not the official judgement by a model
+    hle                     text-only; graded by rule (letters, else math-verify), which is not the official judge
     gpqa_diamond            the order of the options is drawn from (seed, record id)
     ifeval, ifbench         strict, prompt level; the other three levels are details
     mmlu_redux              all rows, as published; error_type "ok" alone is a detail
@@ -27,6 +27,7 @@ import random
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,10 @@ from transformers import PreTrainedTokenizerBase
 
 from m2rl.config import Config, Data, Domain
 from m2rl.data import Encoder, Row, eval_prompts, files, hub, read_records
-from m2rl.domains import check_spec, instruct, procedural
+from m2rl.domains import THINK_END, check_spec, procedural
 from m2rl.domains.answers import final_answer
+from m2rl.domains.pool import VerifierPool
 from m2rl.types import InputError, Prompt, Sample
-
-THINK_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ class Preset:
 
     title: str
     k: int
+    problems: int
+    """as many as the published percentages imply; 0 = not known"""
     row: Callable[[Mapping[str, Any], int], Problem | str]
     """(record, seed) -> the problem, or the reason why the row is left out"""
     download: Callable[[], list[Path]]
@@ -165,8 +167,13 @@ def hle(record: Mapping[str, Any], seed: int) -> Problem | str:
         return "has an image"
     question, answer = str(_need(record, "question")), str(_need(record, "answer")).strip()
     id = str(record.get("id") or _digest(question))
-    if record.get("answer_type") != "multipleChoice":
-        return Problem(id, "math", question, SHORT.format(question=question), {"answer": answer})
+    if record.get("answer_type") != "multipleChoice" or not re.fullmatch("[A-Za-z]", answer):
+        problem = Problem(id, "math", question, SHORT.format(question=question), {"answer": answer})
+        try:
+            check_spec("math", problem.spec)
+        except ValueError:
+            return "has an answer that no rule can grade"
+        return problem
     found = re.findall(r"^\s*\(?([A-Z])[.):]\s", question, re.MULTILINE)
     letters = sorted({*found, answer.upper()}) if found else [chr(c) for c in range(ord("A"), ord("Z") + 1)]
     prompt = CHOICE.format(letters=", ".join(letters), question=question, options="").rstrip()
@@ -204,7 +211,7 @@ def lcb_tests(text: str) -> list[dict[str, str]]:
     try:
         found = _NoClasses(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
         return json.loads(found) if isinstance(found, (str, bytes)) else found
-    except (ValueError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # a broken pickle may raise anything
         raise ValueError(f"private_test_cases cannot be read: {error}") from None
 
 
@@ -247,21 +254,24 @@ def _hub(repo: str, config: str, split: str) -> Callable[[], list[Path]]:
 
 _LCB_NOTE = "the problems that this release added; give other files with --data-file, other dates with --lcb-window"
 PRESETS = {
-    "aime24": Preset("AIME'24", 64, aime, _hub("HuggingFaceH4/aime_2024", "default", "train")),
-    "aime25": Preset("AIME'25", 64, aime, _hub("math-ai/aime25", "default", "test")),
-    "lcb_v5": Preset("LCB v5", 2, lcb, _lcb("test5.jsonl"), f"{_LCB_NOTE}; the paper's v5 window and K are not known"),
-    "lcb_v6": Preset("LCB v6", 2, lcb, _lcb("test6.jsonl"), _LCB_NOTE),
-    "hle": Preset(
-        "HLE", 1, hle, _hub("cais/hle", "default", "test"), "rule-graded, text-only: not the official judgement"
+    "aime24": Preset("AIME'24", 64, 30, aime, _hub("HuggingFaceH4/aime_2024", "default", "train")),
+    "aime25": Preset("AIME'25", 64, 30, aime, _hub("math-ai/aime25", "default", "test")),
+    "lcb_v5": Preset(
+        "LCB v5", 2, 0, lcb, _lcb("test5.jsonl"), f"{_LCB_NOTE}; the paper's v5 window and K are not known"
     ),
-    "gpqa_diamond": Preset("GPQA-D", 4, gpqa, _hub("Idavidrein/gpqa", "gpqa_diamond", "train")),
-    "ifeval": Preset("IFEval", 4, constraints, _hub("google/IFEval", "default", "train"), "strict, prompt level"),
+    "lcb_v6": Preset("LCB v6", 2, 175, lcb, _lcb("test6.jsonl"), _LCB_NOTE),
+    "hle": Preset(
+        "HLE", 1, 2158, hle, _hub("cais/hle", "default", "test"), "rule-graded, text-only: not the official judgement"
+    ),
+    "gpqa_diamond": Preset("GPQA-D", 4, 198, gpqa, _hub("Idavidrein/gpqa", "gpqa_diamond", "train")),
+    "ifeval": Preset("IFEval", 4, 541, constraints, _hub("google/IFEval", "default", "train"), "strict, prompt level"),
     "ifbench": Preset(
-        "IFBench", 1, constraints, _hub("allenai/IFBench_test", "default", "train"), "strict, prompt level"
+        "IFBench", 1, 294, constraints, _hub("allenai/IFBench_test", "default", "train"), "strict, prompt level"
     ),
     "mmlu_redux": Preset(
         "MMLU-Redux",
         1,
+        5700,
         mmlu_redux,
         _hub("edinburgh-dawg/mmlu-redux-2.0", "*", "test"),
         "all rows, those with an error_type included",
@@ -317,15 +327,8 @@ def load(
     if think_gate is None:
         think_gate = THINK_END in str(tokenizer.chat_template or "")
     encoder = Encoder(tokenizer, [dataclasses.replace(d, prompt_template="{prompt}") for d in config.domain])
-    prompts, seen, left_out = [], set[str](), dict[str, int]()
-    for where, record in _records(files([data_file]) if data_file else preset.download()):
-        problem = _problem(name, record, where, seed)
-        if isinstance(problem, Problem):
-            problem = _outside(problem, seen, lcb_window) or problem
-        if isinstance(problem, str):
-            left_out[problem] = left_out.get(problem, 0) + 1
-            continue
-        seen.add(problem.id)
+    prompts, left_out = [], Counter[str]()
+    for where, problem in problems(name, data_file, seed, lcb_window, left_out):
         spec = problem.spec | {"question": problem.question} | ({"think_gate": True} if think_gate else {})
         row = Row(f"{name}/{problem.id}", problem.domain, None, problem.prompt, None, spec)
         prompts.append(encoder.prompt(row, where))
@@ -333,7 +336,8 @@ def load(
             break
     if not prompts:
         raise InputError(
-            f"--benchmarks {name}: no problem in {data_file or 'the dataset'}" + (f" ({left_out})" if left_out else "")
+            f"--benchmarks {name}: no problem in {data_file or 'the dataset'}"
+            + (f" ({dict(left_out)})" if left_out else "")
         )
     notes = [preset.note] if preset.note else []
     notes += [f"{n} rows left out: {reason}" for reason, n in left_out.items()]
@@ -350,37 +354,58 @@ def load(
     return Benchmark(name, tuple(prompts), k or preset.k, e.temperature, budget, tuple(notes))
 
 
-def _problem(name: str, record: Mapping[str, Any], where: str, seed: int) -> Problem | str:
-    try:
-        problem = PRESETS[name].row(record, seed)
-        if isinstance(problem, Problem):
-            check_spec(problem.domain, problem.spec)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: not a row of {name}: {error}") from None
-    return problem
+def problems(
+    name: str, data_file: str, seed: int, lcb_window: tuple[str, str] | None, left_out: Counter[str]
+) -> Iterator[tuple[str, Problem]]:
+    """("file:line", problem) of every row that counts; `left_out` counts the others by their reason."""
+    seen = Counter[str]()
+    for path in files([data_file]) if data_file else PRESETS[name].download():
+        for where, record in read_records(path):
+            try:
+                problem = PRESETS[name].row(record, seed)
+                if isinstance(problem, Problem):
+                    check_spec(problem.domain, problem.spec)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{where}: not a row of {name}: {error}") from None
+            if isinstance(problem, str):
+                left_out[problem] += 1
+            elif lcb_window and not lcb_window[0] <= problem.spec.get("date", lcb_window[0]) <= lcb_window[1]:
+                left_out["outside the window"] += 1
+            elif seen[problem.id] and name != "mmlu_redux":
+                left_out["repeats an id"] += 1
+            else:
+                seen[problem.id] += 1
+                if (n := seen[problem.id]) > 1:  # MMLU asks some questions in several subjects, and all were published
+                    problem = dataclasses.replace(problem, id=f"{problem.id}-{n}")
+                yield where, problem
 
 
-def _outside(problem: Problem, seen: set[str], window: tuple[str, str] | None) -> str | None:
-    if problem.id in seen:
-        return "repeats an id"
-    if window and "date" in problem.spec and not window[0] <= problem.spec["date"] <= window[1]:
-        return "outside the window"
-    return None
+def departures(benchmark: Benchmark) -> str:
+    """In what a score of this benchmark is not comparable with the paper's; "" if in nothing that is known."""
+    preset = PRESETS.get(benchmark.name)
+    if preset is None:
+        return ""
+    pairs = (
+        ("problems", len(benchmark.prompts), preset.problems or len(benchmark.prompts)),
+        ("K", benchmark.k, preset.k),
+        ("tokens", benchmark.max_new_tokens, PAPER_MAX_NEW_TOKENS),
+        ("temperature", benchmark.temperature, PAPER_TEMPERATURE),
+    )
+    odd = [f"{name} {mine:,} (the paper's {paper:,})" for name, mine, paper in pairs if mine != paper]
+    return f"not the paper's setting: {', '.join(odd)}" if odd else ""
 
 
-def _records(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in paths:
-        yield from read_records(path)
-
-
-def details(benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, float]:
+def details(benchmark: Benchmark, samples: Sequence[Sample], pool: VerifierPool) -> dict[str, float]:
     """Further numbers of a benchmark: IFEval's four levels, MMLU-Redux without its faulty rows."""
     if benchmark.name in ("ifeval", "ifbench"):
         out: dict[str, float] = {}
+        sizes = [len(s.prompt.spec["constraints"]) for s in samples]
         for mode in ("strict", "loose"):
-            results = [instruct.instruction_results(_answer(s), s.prompt.spec, mode) for s in samples]
-            out[f"{mode}_prompt"] = sum(map(all, results)) / len(results)
-            out[f"{mode}_instruction"] = sum(map(sum, results)) / sum(map(len, results))
+            for i, s in enumerate(samples):
+                pool.submit(i, "if", s.text, {**s.prompt.spec, "mode": mode, "grading": "fraction"})
+            shares = {i: verdict.reward for i, verdict in pool.drain()}
+            out[f"{mode}_prompt"] = sum(share == 1 for share in shares.values()) / len(samples)
+            out[f"{mode}_instruction"] = sum(shares[i] * n for i, n in enumerate(sizes)) / sum(sizes)
         return out
     if benchmark.name == "mmlu_redux":
         good = [s for s in samples if s.prompt.spec.get("error_type") == "ok"]
@@ -388,47 +413,33 @@ def details(benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, float]
     return {}
 
 
-def _answer(sample: Sample) -> str:
-    if not sample.prompt.spec.get("think_gate"):
-        return sample.text
-    return sample.text.rpartition(THINK_END)[2] if THINK_END in sample.text else ""
-
-
-# ---- votes ---------------------------------------------------------------------------------------------------------
-
-ANSWER_DOMAINS = ("math", "science")
-"""Domains whose responses end in an answer that can be voted on."""
-
-
-def vote(text: str) -> str | None:
-    """The final answer of a response, normalised for counting votes, not for judging; None if there is none."""
-    found = final_answer(text.rpartition(THINK_END)[2])
-    if found is None:
-        return None
-    found = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", found)
-    return re.sub(r"[\s$*_,.;()]|\\[,;! ]", "", found).lower() or None
-
-
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a benchmark's problems as plain rows, which `data.eval` of a training run reads."""
-    parser = argparse.ArgumentParser(prog="python -m m2rl.benchmarks", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m m2rl.benchmarks",
+        description="Write a benchmark's problems as plain rows, which `data.eval` of a training run and "
+        "`python -m m2rl.data inspect --against` read.",
+        epilog="Example: python -m m2rl.benchmarks aime24 --out data/eval/aime24.jsonl",
+    )
     parser.add_argument("name", choices=[*PRESETS])
     parser.add_argument("--out", required=True, help="a .jsonl file")
     parser.add_argument("--data-file", default="", help="rows from here (a file or glob), not the hub")
     parser.add_argument("--seed", type=int, default=0, help="of GPQA's option order")
     o = parser.parse_args(argv)
-    rows = dict[str, dict[str, Any]]()
-    for where, record in _records(files([o.data_file]) if o.data_file else PRESETS[o.name].download()):
-        problem = _problem(o.name, record, where, o.seed)
-        if isinstance(problem, Problem):
-            head = {"id": f"{o.name}/{problem.id}", "domain": problem.domain, "prompt": problem.prompt}
-            rows[problem.id] = head | problem.spec
-    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(o.out).write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    print(f"{o.out}  {len(rows)} problems of {o.name}")
+    left_out, out, written = Counter[str](), Path(o.out), 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
+            head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
+            lines.write(json.dumps(head | p.spec) + "\n")
+            written += 1
+    partial.rename(out)
+    print(f"{out}  {written:,} problems of {o.name}")
+    for reason, n in left_out.items():
+        print(f"left out  {n:,}  {reason}")
     return 0
 
 

@@ -1,29 +1,24 @@
-"""Avg@K and pass@K with bootstrap confidence intervals over problems, and the evaluator that samples for them.
-
-Avg@K of a problem = mean reward of its K samples; of a domain = mean over problems. The interval resamples problems,
-the unit that the benchmark drew, not samples; `pass@k` is the unbiased estimator 1 - C(n-c, k) / C(n, k) (Chen et al.,
-arXiv 2107.03374); majority@K is the reward of a problem's most frequent final answer.
+"""`torchrun -m m2rl.evaluate`: models on benchmarks, as the paper's table; and the evaluator that other commands share.
 
     with Evaluator("folder") as evaluator:              # one engine and one verifier pool per architecture
         evaluator.score("folder", ["math", "if"], k=8)  # of a folder, a state dict or a live Policy: {name: Score}
+
+What Avg@K and its interval are: scores.py. Problems and their settings: benchmarks.py. Samples on disk: sample_log.py.
+Tables: published.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
-import math
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,108 +33,17 @@ from m2rl.data.overlap import Index
 from m2rl.domains import procedural
 from m2rl.domains.pool import VerifierPool
 from m2rl.launch import exit_with, process_group
+from m2rl.metrics import Display
 from m2rl.policy import Policy, load_model
-from m2rl.rollout.collect import collect
+from m2rl.rollout.collect import Progress, collect
 from m2rl.rollout.engine import Engine
 from m2rl.rollout.native import NativeEngine
+from m2rl.sample_log import SampleLog, fingerprint, weights_identity
+from m2rl.scores import BOOTSTRAP, Score, score_one
 from m2rl.types import InputError, Prompt, Sample
 
-BOOTSTRAP = 2000
 Weights = str | Path | Mapping[str, Tensor] | Policy
 EVAL_STEP = -1  # evaluation draws from its own random stream, the same before, during and after training
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One domain or benchmark under one model."""
-
-    avg_at_k: float  # in [0, 1]
-    ci95: tuple[float, float]  # percentile bootstrap over problems
-    pass_at_k: float
-    k: int
-    problems: int
-    mean_tokens: float
-    truncated: float  # share of samples cut by the token limit
-    statuses: dict[str, int]
-    majority_at_k: float | None = None  # reward of the most frequent final answer; None where answers have no such form
-    details: dict[str, float] = field(default_factory=dict)  # a benchmark's further numbers, e.g. ifeval's loose level
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def bootstrap_ci(values_P: np.ndarray, seed: int = 0, resamples: int = BOOTSTRAP) -> tuple[float, float]:
-    """95% percentile interval of the mean of P problem scores."""
-    if len(values_P) < 2:
-        return (float(values_P.mean()),) * 2 if len(values_P) else (float("nan"),) * 2
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values_P), np.full(len(values_P), 1 / len(values_P)), size=resamples)
-    low, high = np.quantile(counts @ values_P / len(values_P), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def pass_at_k(correct: int, n: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k), as a product that does not overflow."""
-    if n - correct < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
-
-
-def score(samples: Sequence[Sample], seed: int = 0) -> dict[str, Score]:
-    """Scores per domain of samples that carry rewards; a missing reward (NaN) counts as 0 and shows in the statuses."""
-    domains: dict[str, list[Sample]] = {}
-    for s in samples:
-        domains.setdefault(s.prompt.domain, []).append(s)
-    return {domain: score_one(mine, seed) for domain, mine in domains.items()}
-
-
-def score_one(samples: Sequence[Sample], seed: int = 0) -> Score:
-    """One score of all samples, whatever their domains; a missing reward (NaN) counts as 0."""
-    if not samples:
-        raise ValueError("samples must not be empty")
-    problems: dict[str, list[Sample]] = {}
-    for s in samples:
-        problems.setdefault(s.prompt.id, []).append(s)
-    rewards = [np.nan_to_num(np.array([s.reward for s in group])) for group in problems.values()]
-    means = np.array([r.mean() for r in rewards])
-    votes = [majority(group) for group in problems.values()]
-    return Score(
-        float(means.mean()),
-        bootstrap_ci(means, seed),
-        float(np.mean([(r > 0.5).any() for r in rewards])),
-        max(len(r) for r in rewards),
-        len(problems),
-        float(np.mean([len(s.tokens) for s in samples])),
-        float(np.mean([s.finish == "length" for s in samples])),
-        dict(Counter(str(s.status) for s in samples)),
-        None if all(v is None for v in votes) else float(np.mean([v or 0.0 for v in votes])),
-    )
-
-
-def scored(benchmark: Benchmark, samples: Sequence[Sample], seed: int = 0) -> Score:
-    """One benchmark's score with its details."""
-    return dataclasses.replace(score_one(samples, seed), details=benchmarks.details(benchmark, samples))
-
-
-def majority(group: Sequence[Sample]) -> float | None:
-    """Mean reward of the samples that gave a problem's most frequent final answer, the first of them on a tie. Samples
-    without an answer do not vote; None if the domain has no final answers."""
-    if group[0].prompt.domain not in benchmarks.ANSWER_DOMAINS:
-        return None
-    answers = [benchmarks.vote(s.text) for s in group]
-    votes = Counter(a for a in answers if a is not None)
-    if not votes:
-        return 0.0
-    winner = votes.most_common(1)[0][0]
-    return float(np.mean([np.nan_to_num(s.reward) for s, a in zip(group, answers) if a == winner]))
-
-
-def average(scores: Mapping[str, Score]) -> float:
-    """Unweighted mean of Avg@K over domains."""
-    return float(np.mean([s.avg_at_k for s in scores.values()]))
-
-
-# ---- sampling ------------------------------------------------------------------------------------------------------
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:
@@ -159,8 +63,17 @@ class Evaluator:
     Collective over the ranks when torch.distributed is initialised: every rank gets every score.
     """
 
-    def __init__(self, model: str | Path, config: Config | None = None, *, device: torch.device | None = None):
-        """model: a Hugging Face folder or id; its architecture and tokenizer are read, its weights are not."""
+    def __init__(
+        self,
+        model: str | Path,
+        config: Config | None = None,
+        *,
+        device: torch.device | None = None,
+        whole_device: bool = False,
+    ):
+        """model: a Hugging Face folder or id; its architecture and tokenizer are read, its weights are not.
+        whole_device: vLLM on a GPU may cache keys and values in all memory that is free, not in rollout.kv_cache_gib.
+        """
         self.config = config or Config()
         self.path = str(model)
         try:
@@ -180,18 +93,32 @@ class Evaluator:
             generation = GenerationConfig.from_pretrained(self.path)
         except OSError:
             generation = None
-        self.engine = self._build_engine(end_tokens(self.tokenizer, generation))
+        self.engine = self._build_engine(end_tokens(self.tokenizer, generation), whole_device)
         r = self.config.rollout
         self.pool = VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox)
         self.pool.__enter__()
         self.version = 0
 
-    def _build_engine(self, end: set[int]) -> Engine:
-        if self.config.rollout.engine == "vllm":
-            from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
+    def _build_engine(self, end: set[int], whole_device: bool) -> Engine:
+        if self.config.rollout.engine == "native":
+            return NativeEngine(self.architecture, self.device, self.dtype, self.config.rollout.max_sequences, end)
+        from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
 
-            return VllmEngine(self.config, self.path, self.device, end)
-        return NativeEngine(self.architecture, self.device, self.dtype, self.config.rollout.max_sequences, end)
+        config = fitted(self.config, self.positions)
+        if whole_device and self.device.type == "cuda":
+            weights = sum(shape.numel() for shape in self.shapes.values()) * self.dtype.itemsize
+            config = dataclasses.replace(
+                config,
+                rollout=dataclasses.replace(
+                    config.rollout, kv_cache_gib=cache_gib(torch.cuda.mem_get_info(self.device)[0], weights)
+                ),
+            )
+        return VllmEngine(config, self.path, self.device, end)
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model can read, prompt and response together."""
+        return getattr(self.architecture, "max_position_embeddings", None) or 1 << 40
 
     def __enter__(self) -> Evaluator:
         return self
@@ -231,7 +158,7 @@ class Evaluator:
         """The benchmark of that name (options as of `benchmarks.load`), its budget cut to the model's positions."""
         found = benchmarks.load(item, self.tokenizer, self.config, **options) if isinstance(item, str) else item
         longest = max(len(p.tokens) for p in found.prompts)
-        room = (getattr(self.architecture, "max_position_embeddings", None) or 1 << 40) - longest
+        room = self.positions - longest
         if room < 1:
             raise InputError(
                 f"{found.name}: its longest prompt has {longest} tokens, which is all that {self.path} can read"
@@ -248,6 +175,7 @@ class Evaluator:
         seed: int = 0,
         known: Mapping[tuple[str, int], Sample] | None = None,
         on_sample: Callable[[Sample], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Sample]:
         """K verified samples of every problem under the weights taken last, in the benchmark's order."""
         return collect(
@@ -262,7 +190,12 @@ class Evaluator:
             temperature=benchmark.temperature,
             known=known,
             on_sample=on_sample,
+            progress=progress,
         )
+
+    def scored(self, benchmark: Benchmark, samples: Sequence[Sample], seed: int = 0) -> Score:
+        """One benchmark's score with its further numbers."""
+        return dataclasses.replace(score_one(samples, seed), details=benchmarks.details(benchmark, samples, self.pool))
 
     def score(
         self, weights: Weights, what: Sequence[str | Benchmark | Prompt], *, k: int = 0, seed: int = 0
@@ -278,8 +211,27 @@ class Evaluator:
         for domain in dict.fromkeys(p.domain for p in prompts):
             mine = tuple(p for p in prompts if p.domain == domain)
             limit = e.max_new_tokens or self.config.rollout.max_new_tokens
-            found.append(Benchmark(domain, mine, k or e.k, e.temperature, limit))
-        return {b.name: scored(b, self.samples(b, seed=seed), seed) for b in found}
+            found.append(self.benchmark(Benchmark(domain, mine, k or e.k, e.temperature, limit)))
+        return {b.name: self.scored(b, self.samples(b, seed=seed), seed) for b in found}
+
+
+def fitted(config: Config, positions: int) -> Config:
+    """The config with no more prompt and response together than the model has positions: vLLM refuses more."""
+    r, e = config.rollout, config.evaluation
+    new = max(r.max_new_tokens, e.max_new_tokens)
+    if r.max_prompt_tokens + new <= positions:
+        return config
+    new = min(new, positions - 1)
+    return dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(r, max_prompt_tokens=positions - new, max_new_tokens=new),
+        evaluation=dataclasses.replace(e, max_new_tokens=0),
+    )
+
+
+def cache_gib(free_bytes: int, weights_bytes: int) -> float:
+    """GiB for keys and values beside the weights and 4 GiB of activations, nine tenths of the device in all."""
+    return max(1.0, (0.9 * free_bytes - weights_bytes) / 2**30 - 4)
 
 
 def evaluate_model(
@@ -299,149 +251,71 @@ def evaluate_model(
         return evaluator.score(model, what, k=k, seed=seed)
 
 
-# ---- samples on disk -----------------------------------------------------------------------------------------------
-
-
-class SampleLog:
-    """Samples of one model and benchmark as JSONL, one file per rank, so that a killed evaluation goes on where it was.
-
-    known: what earlier runs left, by (prompt id, index); their tokens are placeholders, only the number counts.
-    """
-
-    def __init__(self, folder: Path, benchmark: Benchmark, identity: Mapping[str, Any], rank: int):
-        settings = {
-            **identity,
-            "benchmark": benchmark.name,
-            "temperature": benchmark.temperature,
-            "max_new_tokens": benchmark.max_new_tokens,
-        }
-        prompts = {p.id: p for p in benchmark.prompts}
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = folder / "settings.json"
-        if saved.is_file() and (old := json.loads(saved.read_text())) != settings:
-            changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
-            raise InputError(
-                f"{folder} holds samples made with other settings ({', '.join(changed)}): name another --out, or "
-                "delete it"
-            )
-        self.known: dict[tuple[str, int], Sample] = {}
-        for path in sorted(folder.glob("samples.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                    prompt = prompts[row["id"]]
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the last line of a killed process; a problem that is not asked for now
-                if row["prompt"] != fingerprint(prompt.tokens):
-                    raise InputError(
-                        f"{path}: sample {row['sample']} of {prompt.id!r} answers another prompt: name another --out"
-                    )
-                reward = float("nan") if row["reward"] is None else row["reward"]
-                self.known[prompt.id, row["sample"]] = Sample(
-                    prompt,
-                    row["sample"],
-                    [0] * row["tokens"],
-                    [],
-                    row["finish"],
-                    0,
-                    text=row["response"],
-                    reward=reward,
-                    status=row["status"],
-                    detail=row["detail"],
-                )
-        self.folder, self.settings, self.rank = folder, settings, rank
-
-    def open(self) -> None:
-        """Start to write; after every rank has read."""
-        if self.rank == 0:
-            (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
-        path = self.folder / f"samples.{self.rank}.jsonl"
-        torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
-        if torn:
-            self.file.write("\n")
-
-    def write(self, s: Sample) -> None:
-        self.file.write(
-            json.dumps(
-                {
-                    "id": s.prompt.id,
-                    "prompt": fingerprint(s.prompt.tokens),
-                    "sample": s.index,
-                    "domain": s.prompt.domain,
-                    "reward": None if math.isnan(s.reward) else s.reward,
-                    "status": s.status,
-                    "detail": s.detail,
-                    "finish": s.finish,
-                    "tokens": len(s.tokens),
-                    "response": s.text,
-                }
-            )
-            + "\n"
-        )
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def fingerprint(parts: Iterable[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for part in parts:
-        digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
-def weights_identity(model: str) -> str:
-    """Changes when a folder's weights are written again; a hub id stands for itself."""
-    found = sorted(Path(model).glob("*.safetensors"))
-    return fingerprint((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found) if found else model
-
-
 # ---- command -------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="torchrun -m m2rl.evaluate", description="Score models on benchmarks: Avg@K.")
-    parser.add_argument(
-        "--model", nargs="+", required=True, help="Hugging Face folders or ids of one architecture or several"
-    )
-    parser.add_argument(
-        "--benchmarks", required=True, help=f"comma-separated, of {', '.join(benchmarks.names())}; or `paper`"
-    )
-    parser.add_argument("--k", type=int, default=0, help="samples per problem; 0 = the paper's")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the samples, of GPQA's option order and of the intervals"
-    )
-    parser.add_argument("--out", default="runs/evaluation", help="folder for samples and tables; the same one resumes")
-    parser.add_argument(
-        "--data-file", action="append", default=[], metavar="NAME=FILE", help="rows from here, not the hub"
-    )
-    parser.add_argument("--limit", type=int, default=0, help="problems per benchmark, at most; 0 = all")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=0, help=f"0 = {benchmarks.PAPER_MAX_NEW_TOKENS}, the paper's"
-    )
-    parser.add_argument("--temperature", type=float, default=-1.0, help=f"default {benchmarks.PAPER_TEMPERATURE}")
-    parser.add_argument(
-        "--think-gate",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="score only what follows </think>; auto: if the chat template knows it",
-    )
-    parser.add_argument(
-        "--lcb-window", default="", metavar="FROM:TO", help="LiveCodeBench contest dates, YYYY-MM-DD:YYYY-MM-DD"
-    )
-    parser.add_argument(
-        "--train-data", nargs="+", default=[], metavar="FILE", help="count prompts sharing 13 words with these"
-    )
-    parser.add_argument("--engine", choices=("native", "vllm"), default="", help="overrides the config's")
-    parser.add_argument("--config", default="", help="a config whose model, rollout and [[domain]] keys are used")
-    o = parser.parse_args(argv)
+    o = arguments(argv)
     wanted = [n for part in o.benchmarks.split(",") for n in (benchmarks.PRESETS if part == "paper" else [part]) if n]
     config = evaluation_config(o, wanted)
     check_options(o, wanted)
     with process_group(config.threads) as device:
         return run(o, wanted, config, device)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m m2rl.evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Score models on benchmarks: Avg@K with 95% intervals, as the paper's table.\n\n"
+        "  torchrun -m m2rl.evaluate --model RL_Math RL_Multi --benchmarks paper     the nine, with the paper's K\n"
+        "  ... --benchmarks aime24,gpqa_diamond --data-file gpqa_diamond=gpqa.jsonl   rows of your own copy\n"
+        "  ... --limit 20 --k 1 --max-new-tokens 2048 --out runs/smoke               a quick look\n\n"
+        "The same command goes on after a kill; a larger --k or --limit keeps the samples that are there.",
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face folders or ids, of any architectures")
+    add("--benchmarks", required=True, help=f"comma-separated, of {', '.join(benchmarks.names())}; `paper` = the nine")
+    add("--out", default="runs/evaluation", metavar="DIR", help="for samples and tables (default: %(default)s)")
+    rows = parser.add_argument_group("problems")
+    rows.add_argument(
+        "--data-file",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a benchmark's rows from this file or glob (.jsonl, .parquet), in the hub's schema; default: the hub",
+    )
+    rows.add_argument("--limit", type=int, default=0, metavar="N", help="at most N problems of each; 0 = all")
+    rows.add_argument("--lcb-window", default="", metavar="FROM:TO", help="LiveCodeBench contest dates, as 2024-08-01")
+    rows.add_argument(
+        "--train-data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="count the problems that share 13 words in a row with these training prompts",
+    )
+    sampling = parser.add_argument_group("sampling and scoring")
+    sampling.add_argument("--k", type=int, default=0, help="samples per problem; 0 = the paper's for each benchmark")
+    sampling.add_argument("--seed", type=int, default=0, help="of samples, GPQA's option order and intervals")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, default=0, metavar="N", help=f"0 = {benchmarks.PAPER_MAX_NEW_TOKENS}, the paper's"
+    )
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=-1.0,
+        help=f"default: {benchmarks.PAPER_TEMPERATURE}, the whole distribution",
+    )
+    sampling.add_argument(
+        "--think-gate",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="score only what follows </think>, and 0 without it; auto: if the chat template knows </think>",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--engine", choices=("native", "vllm"), default="", help="default: native, or the config's")
+    engine.add_argument("--config", default="", help="a TOML whose model, rollout and [[domain]] keys are used")
+    return parser.parse_args(argv)
 
 
 def evaluation_config(o: argparse.Namespace, wanted: Sequence[str]) -> Config:
@@ -495,79 +369,120 @@ def check_options(o: argparse.Namespace, wanted: Sequence[str]) -> None:
 
 
 def run(o: argparse.Namespace, wanted: Sequence[str], config: Config, device: torch.device) -> int:
-    """Every model on every benchmark, then the tables."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    out = Path(o.out)
-    scores: dict[str, dict[str, Score]] = {}
-    notes: dict[str, tuple[str, ...]] = {}
-    evaluator, family = None, ""
-
-    def say(text: str) -> None:
-        if rank == 0:
-            print(text, flush=True)
-
+    """Every model on every benchmark; the tables are written after each, of what there is."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    out, display = Path(o.out), Display(rank == 0)
+    table = Table(out, {"seed": o.seed, "engine": config.rollout.engine, "world_size": world, "bootstrap": BOOTSTRAP})
+    evaluator, family, tasks = None, "", list[Benchmark]()
     try:
         for model in o.model:
-            name = model_name(model, scores)
+            name = model_name(model, table.scores)
             if evaluator is None or family != architecture_key(model):
                 if evaluator is not None:
                     evaluator.close()
-                evaluator, family = Evaluator(model, config, device=device), architecture_key(model)
-                tasks = [
-                    evaluator.benchmark(
-                        n,
-                        data_file=o.files.get(n, ""),
-                        seed=o.seed,
-                        k=o.k,
-                        limit=o.limit,
-                        think_gate={"auto": None, "on": True, "off": False}[o.think_gate],
-                        lcb_window=o.window,
-                    )
-                    for n in wanted
-                ]
-                notes = {b.name: (*b.notes, contamination(b, o.train_data)) for b in tasks}
+                family = architecture_key(model)
+                evaluator = Evaluator(model, config, device=device, whole_device=not o.config)
+                tasks = [evaluator.benchmark(n, **task_options(o, n)) for n in wanted]
+                if any(p.domain == "code" for b in tasks for p in b.prompts):  # refused now, not after hours
+                    display.say(f"Programs of the model run in sandbox level {evaluator.pool.sandbox_level}")
             evaluator.take(model)
-            scores[name] = {}
-            for benchmark in tasks:
-                identity = {"model": weights_identity(model), "seed": o.seed}
-                log = SampleLog(out / name / benchmark.name, benchmark, identity, rank)
-                if dist.is_initialized():
+            for b in tasks:
+                log = SampleLog(out / name / b.name, b, {"model": weights_identity(model), "seed": o.seed}, rank)
+                if world > 1:
                     dist.barrier()
                 log.open()
+                watch = Watch(display, f"{name} {b.name}")
                 try:
-                    samples = evaluator.samples(benchmark, seed=o.seed, known=log.known, on_sample=log.write)
+                    samples = evaluator.samples(b, seed=o.seed, known=log.known, on_sample=log.write, progress=watch)
                 finally:
                     log.close()
-                scores[name][benchmark.name] = s = scored(benchmark, samples, o.seed)
-                say(
-                    f"{name}  {benchmark.name}  Avg@{s.k} {100 * s.avg_at_k:.2f}"
-                    f" [{100 * s.ci95[0]:.1f}, {100 * s.ci95[1]:.1f}]"
-                    f"  pass@{s.k} {100 * s.pass_at_k:.1f}  {s.problems} problems  {s.mean_tokens:.0f} tokens"
-                    f"  {100 * s.truncated:.1f}% cut  {s.statuses}"
-                )
+                    display.stop()
+                if b.name not in table.notes:
+                    found = (*b.notes, benchmarks.departures(b), contamination(b, o.train_data))
+                    table.notes[b.name] = tuple(filter(None, found))
+                score = evaluator.scored(b, samples, o.seed)
+                table.add(name, b, score, write=rank == 0)
+                display.say(f"{name}  {b.name}  {line(score)}")
     finally:
+        display.stop()
         if evaluator is not None:
             evaluator.close()
-    if rank == 0:
-        record = {
-            "seed": o.seed,
-            "notes": notes,
-            "engine": config.rollout.engine,
-            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
-            "temperature": config.evaluation.temperature,
-            "max_new_tokens": {b.name: b.max_new_tokens for b in tasks},
-            "bootstrap": BOOTSTRAP,
-            "scores": {m: {b: s.as_dict() for b, s in mine.items()} for m, mine in scores.items()},
-        }
-        (out / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "table.md").write_text(published.markdown(scores))
-        (out / "table.csv").write_text(published.as_csv(scores))
-        (out / "table.html").write_text(published.as_html(scores, notes))
-        say("\n" + published.markdown(scores))
-        for name, found in notes.items():
-            say(f"{name}: {'; '.join(found)}")
-        say(f"Files  {out}/  (scores.json, table.md, table.csv, table.html, <model>/<benchmark>/samples.*.jsonl)")
+    display.say("\n" + published.plain(table.scores, table.apart))
+    for name, found in table.notes.items():
+        display.say(f"{name}: {'; '.join(found)}")
+    display.say(f"Files  {out}/  (table.md, table.csv, table.html, scores.json, <model>/<benchmark>/samples.*.jsonl)")
     return 0
+
+
+@dataclasses.dataclass
+class Table:
+    """The scores so far, and their files."""
+
+    folder: Path
+    settings: dict[str, Any]
+    scores: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)  # model -> benchmark
+    notes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # benchmark -> what to know
+    budgets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # benchmark -> tokens, temperature
+    apart: set[str] = dataclasses.field(default_factory=set)  # benchmarks in another setting than the paper's
+
+    def add(self, model: str, b: Benchmark, score: Score, write: bool) -> None:
+        self.scores.setdefault(model, {})[b.name] = score
+        self.budgets[b.name] = {"max_new_tokens": b.max_new_tokens, "temperature": b.temperature}
+        if benchmarks.departures(b):
+            self.apart.add(b.name)
+        if not write:
+            return
+        scores = {m: {name: s.as_dict() for name, s in mine.items()} for m, mine in self.scores.items()}
+        record = {**self.settings, "notes": self.notes, "benchmarks": self.budgets, "scores": scores}
+        (self.folder / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
+        (self.folder / "table.md").write_text(published.markdown(self.scores, self.apart))
+        (self.folder / "table.csv").write_text(published.as_csv(self.scores))
+        (self.folder / "table.html").write_text(published.as_html(self.scores, self.notes, self.apart))
+
+
+class Watch:
+    """Progress of one benchmark: a bar on a terminal, else a line every half minute. It counts this rank's samples."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, display: Display, title: str):
+        self.display, self.title, self.started, self.said = display, title, False, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.started:
+            self.started = True
+            self.display.start(self.title, total)
+        if self.display.bar is not None:
+            self.display.update(done, "")
+        elif time.monotonic() - self.said > self.EVERY_S:
+            self.said = time.monotonic()
+            self.display.say(f"{self.title}  {done:,} of {total:,} samples")
+
+
+def task_options(o: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What the command line says of one benchmark, as `benchmarks.load` takes it."""
+    return {
+        "data_file": o.files.get(name, ""),
+        "seed": o.seed,
+        "k": o.k,
+        "limit": o.limit,
+        "think_gate": {"auto": None, "on": True, "off": False}[o.think_gate],
+        "lcb_window": o.window,
+    }
+
+
+def line(s: Score) -> str:
+    """A score in one line."""
+    parts = [
+        f"Avg@{s.k} {100 * s.avg_at_k:.2f} [{100 * s.ci95[0]:.1f}, {100 * s.ci95[1]:.1f}]",
+        f"pass@{s.k} {100 * s.pass_at_k:.1f}",
+        *([f"majority@{s.k} {100 * s.majority_at_k:.1f}"] if s.majority_at_k is not None else []),
+        f"{s.problems:,} problems",
+        f"{s.mean_tokens:,.0f} tokens",
+        f"{100 * s.truncated:.1f}% cut",
+        ", ".join(f"{status} {n:,}" for status, n in s.statuses.items()),
+    ]
+    return "  ".join(parts)
 
 
 def model_name(model: str, taken: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from m2rl.config import Log
-from m2rl.evaluate import Score, average
 from m2rl.objectives import GroupStats
+from m2rl.scores import Score, average
 from m2rl.types import STATUSES, InputError, Sample, StepStats
 
 MISMATCH_ALARM_K3 = 1e-3  # mean k3 between trainer and engine above this means that they are not the same policy

@@ -16,7 +16,7 @@ import numpy as np
 
 from m2rl.analyze.samples import read_folder
 from m2rl.analyze.skills import paired_bootstrap, rewards_of
-from m2rl.evaluate import Score, average, score
+from m2rl.scores import Score, average, score
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }

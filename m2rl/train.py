@@ -34,7 +34,7 @@ from m2rl import checkpoint, embedded, metrics
 from m2rl.config import Config, build, check, differing_keys, load, read_toml, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
-from m2rl.evaluate import EVAL_STEP, Score, average, end_tokens, score
+from m2rl.evaluate import EVAL_STEP, end_tokens
 from m2rl.launch import Stopping, exit_with, on_rank_0, process_group
 from m2rl.learner import Learner
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
@@ -45,6 +45,7 @@ from m2rl.rollout.engine import Engine, Request, generate, sample_seed
 from m2rl.rollout.memory import Parked, park
 from m2rl.rollout.native import NativeEngine
 from m2rl.rollout.sharing import Sharing
+from m2rl.scores import Score, average, score
 from m2rl.telemetry import Energy, Phases, memory_gib, mfu
 from m2rl.types import InputError, Prompt, Sample, StepStats
 

@@ -8,8 +8,9 @@ import torch
 
 from m2rl import embedded
 from m2rl.config import Config, Evaluation, Rollout
-from m2rl.evaluate import Evaluator, bootstrap_ci, evaluate_model, majority, pass_at_k, score, score_one
+from m2rl.evaluate import Evaluator, cache_gib, evaluate_model, fitted
 from m2rl.policy import Policy, load_model
+from m2rl.scores import bootstrap_ci, majority, pass_at_k, score, score_one, vote
 from m2rl.types import InputError, Prompt, Sample
 
 SMALL = Config(
@@ -61,6 +62,58 @@ def test_majority_is_the_reward_of_the_most_frequent_answer(answers, rewards, wa
         for i, (a, r) in enumerate(zip(answers, rewards))
     ]
     assert majority(group) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "domain", "want"),
+    [
+        ("so \\boxed{\\text{B}}", "science", "b"),
+        ("Answer: (C) neon", "science", "c"),
+        ("Answer: D) 1.5 g", "science", "d"),
+        ("Answer: $1{,}024$", "math", "1024"),
+        ("Answer: 1,024.", "math", "1024"),
+        ("Answer: 1.5", "math", "1.5"),  # not 15
+        ("Answer: (1, 2)", "math", "(1,2)"),  # not 12
+        ("nothing", "math", None),
+        ("Answer: 1</think>", "math", None),
+        ("<think>Answer: 1</think>Answer: 2", "math", "2"),
+    ],
+)
+def test_votes_are_normalised(text, domain, want):
+    assert vote(sample("a", 0, text, domain)) == want
+
+
+def test_behind_a_think_gate_only_what_it_lets_pass_votes():
+    gated = dataclasses.replace(sample("a", 0).prompt, spec={"think_gate": True})
+    texts = ["\\boxed{1}", "\\boxed{1}", "x</think>\\boxed{2}"]
+    group = [Sample(gated, i, [1], [0.0], "stop", 0, text=t, reward=float(i == 2)) for i, t in enumerate(texts)]
+    assert [vote(s) for s in group] == [None, None, "2"] and majority(group) == 1.0
+
+
+def test_rows_that_name_their_benchmark_are_scored_apart():
+    named = sample("b", 1)
+    named.prompt = dataclasses.replace(named.prompt, spec={"benchmark": "aime24"})
+    assert {n: s.avg_at_k for n, s in score([sample("a", 0), named]).items()} == {"math": 0.0, "aime24": 1.0}
+
+
+def test_pass_at_every_k_is_meaned_over_problems():
+    made = score_one([*(sample("a", i == 0) for i in range(6)), *(sample("b", 0) for _ in range(6))])
+    assert made.pass_at == {k: pytest.approx(k / 12) for k in (1, 2, 4, 6)} and made.pass_at_k == made.pass_at[6]
+
+
+def test_the_engine_is_asked_for_no_more_than_the_model_has_positions():
+    paper = Config(rollout=Rollout(max_prompt_tokens=8192, max_new_tokens=32768))
+    assert fitted(paper, 40960) is paper
+    for positions in (32768, 4096):
+        r = fitted(paper, positions).rollout
+        assert r.max_prompt_tokens + r.max_new_tokens == positions and r.max_prompt_tokens >= 1
+    longer = fitted(dataclasses.replace(paper, evaluation=Evaluation(max_new_tokens=65536)), 32768)
+    assert longer.rollout.max_prompt_tokens + longer.evaluation.max_new_tokens < 32768
+
+
+def test_the_cache_takes_what_weights_and_activations_leave():
+    assert cache_gib(80 << 30, 8 << 30) == pytest.approx(60)
+    assert cache_gib(4 << 30, 8 << 30) == 1
 
 
 def test_domains_without_final_answers_have_no_majority():

@@ -14,7 +14,8 @@ import pytest
 from commands import environment, torchrun
 
 from m2rl import embedded, published
-from m2rl.evaluate import Score, main
+from m2rl.evaluate import main
+from m2rl.scores import Score
 from m2rl.types import InputError
 
 
@@ -77,10 +78,9 @@ def done(models, tmp_path_factory):
 def test_one_call_gives_the_table_of_several_models(done):
     out, text = done
     table = (out / "table.md").read_text()
-    assert table in text and re.match(
-        r"\| benchmark \| mine \| RL_Math \|\n\| --- \| ---: \| ---: \|\n\| GPQA-D \(Avg@2\)", table
-    )
-    assert "to the paper's 56.82)" in table and "to the paper's 83.18)" in table and table.count("paper") == 2
+    assert re.match(r"\| benchmark \| mine \| RL_Math \|\n\| --- \| ---: \| ---: \|\n\| GPQA-D \(Avg@2\)", table)
+    assert "* (paper 56.82)" in table and "* (paper 83.18)" in table and table.count("(paper") == 2
+    assert "GPQA-D (Avg@2)" in text and "* (paper 56.82)" in text and "sandbox" not in text
     rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert [(r["model"], r["benchmark"], r["problems"]) for r in rows[:3]] == [
         ("mine", "gpqa_diamond", "3"),
@@ -97,6 +97,7 @@ def test_one_call_gives_the_table_of_several_models(done):
         "loose_prompt",
         "loose_instruction",
     }
+    assert "problems 3 (the paper's 198), K 2 (the paper's 4), tokens 6" in record["notes"]["gpqa_diamond"][-2]
     assert record["notes"]["gpqa_diamond"][-1] == "0 of 3 problems share 13 words in a row with the training data"
     assert sum(record["scores"]["mine"]["math"]["statuses"].values()) == 6
     assert len(samples(out / "mine" / "gpqa_diamond")) == 6
@@ -206,6 +207,8 @@ def test_bad_input_is_one_sentence(options, message, models, tmp_path):
         ("M2RL_RL_Multi", "RL_Multi"),
         ("RL_Math_v2", None),
         ("", None),
+        ("/cache/models--Jackwang111--RL_IF/snapshots/0f3a", "RL_IF"),
+        ("runs/RL_Math/model", None),
     ],
 )
 def test_released_checkpoints_are_told_by_name(name, want):
@@ -236,6 +239,32 @@ def test_the_published_means_are_those_of_the_paper():
 def test_a_table_with_gaps_has_a_mean_over_what_is_shared():
     s = Score(0.5, (0.4, 0.6), 1.0, 2, 4, 9.0, 0.0, {"ok": 4})
     made = published.cells({"a": {"math": s, "if": s}, "b|c": {"math": s, "if": s, "code": s}})
-    assert made[0] == ["benchmark", "a", "b|c"] and made[3] == ["code (Avg@2)", "", "50.00 [40.0, 60.0]"]
-    assert made[-1] == ["mean", "50.00", "50.00"]
+    texts = [[value for value, _ in row] for row in made]
+    assert texts[0] == ["benchmark", "a", "b|c"] and texts[3] == ["code (Avg@2)", "", "50.00 [40.0, 60.0]"]
+    assert texts[-1] == ["mean", "50.00", "50.00"]
     assert "b\\|c" in published.markdown({"a": {"math": s}, "b|c": {"math": s}})
+
+
+def test_differences_to_the_paper_carry_a_star_in_another_setting():
+    s = Score(0.5, (0.4, 0.6), 1.0, 2, 4, 9.0, 0.0, {"ok": 4})
+    all_nine = {"SFT": dict.fromkeys(published.NINE, s)}
+    made = published.cells(all_nine)
+    assert made[1][1] == ("50.00 [40.0, 60.0]", "-4.90 (paper 54.90)") and made[-1][1] == (
+        "50.00",
+        "-1.02 (paper 51.02)",
+    )
+    made = published.cells(all_nine, {"aime24"})
+    assert made[1][1][1] == "-4.90* (paper 54.90)" and made[2][1][1] == "-1.30 (paper 51.30)"
+    assert made[-1][1][1] == "-1.02* (paper 51.02)" and "see the notes" in published.markdown(all_nine, {"aime24"})
+    assert "see the notes" not in published.plain(all_nine)
+
+
+def test_a_row_that_is_judged_by_another_answer_is_not_taken_from_the_samples_before(models, tmp_path):
+    row = {"problem": "How many?", "answer": 4}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    command = ["--model", str(models / "mine"), "--benchmarks", "aime24", "--k", "1", "--max-new-tokens", "4"]
+    command += ["--data-file", f"aime24={tmp_path}/a.jsonl", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"answer": 5}))
+    with pytest.raises(InputError, match="answers another prompt, or is judged by another answer"):
+        main(command)
