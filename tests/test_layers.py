@@ -36,6 +36,8 @@ LAYER = {  # a module may import its own layer and those below
     "analyze": 6,
     "study": 7,
     "report": 7,
+    "findings": 7,
+    "browser": 7,
 }
 
 

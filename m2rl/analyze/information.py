@@ -171,7 +171,7 @@ def analyze(
                 "points",
                 "Accuracy gained against nats moved from the base",
                 series,
-                x_title="KL(model || base), nats per response",
+                x_title="KL(model ‖ base), nats per response",
                 y_title="gain in Avg@K",
             ),
             figures.heat_map(

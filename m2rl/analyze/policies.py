@@ -570,7 +570,7 @@ def analyze(
     drawn = [
         figures.heat_map(
             f"kl-{d}",
-            f"KL(row || column) on {d} prompts, nats per response",
+            f"KL(row ‖ column) on {d} prompts, nats per response",
             kl.matrix(d),
             kl.names,
             kl.names,
@@ -616,7 +616,7 @@ def analyze(
                     [models[n].r2_high for n in names],
                 )
             ],
-            y_title="R^2",
+            y_title="R²",
         )
     )
     return Analysis(
