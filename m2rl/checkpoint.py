@@ -4,6 +4,7 @@
     <run>/model/                     the final model as a Hugging Face folder
 
 A folder whose name is not `step-NNNNNN` is never read, so a process killed while saving leaves the last complete one.
+A run is finished when summary.json stands in its folder: what ends before that is continued, its evaluation included.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import PreTrainedTokenizerBase
 
@@ -56,17 +56,25 @@ def _fsync_tree(folder: Path) -> None:
 @contextlib.contextmanager
 def atomic_folder(target: Path):
     """Yield a temporary sibling folder on every rank; rank 0 syncs and renames it to `target` when the block ends
-    well."""
-    partial = target.with_name(f".{target.name}.partial")
+    well. One that ends badly leaves nothing behind; OSError when the reason is a full disk."""
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    yield partial
-    barrier()
+    try:
+        yield partial
+        barrier()
+        if rank() == 0:
+            _fsync_tree(partial)
+    except BaseException as error:  # as is torch's CheckpointException
+        if rank() == 0:
+            full = _full_disk(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            if full is not None:
+                raise full from error
+        raise
     if rank() == 0:
-        _fsync_tree(partial)
-        old = target.with_name(f".{target.name}.old")
         if target.exists():
             target.rename(old)
         partial.rename(target)
@@ -75,6 +83,26 @@ def atomic_folder(target: Path):
         os.fsync(handle)
         os.close(handle)
     barrier()
+
+
+def _full_disk(folder: Path) -> OSError | None:
+    """The error of one more MiB. torch and safetensors report a full disk as errors of their own; the disk itself is
+    sure."""
+    try:
+        with open(folder / "probe", "wb") as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return OSError(error.errno, error.strerror, str(folder))
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; hidden first, so that a kill halfway leaves none that looks complete."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def rng_state() -> dict[str, Any]:
@@ -113,24 +141,20 @@ def save(
     target = folder / "checkpoints" / f"step-{step:06d}"
     with _quiet(), atomic_folder(target) as partial:
         model_state, optimizer_state = get_state_dict(policy, optimizer)
-        try:
-            dcp.save(
-                {"model": model_state, "optimizer": optimizer_state},
-                checkpoint_id=str(partial / "shards"),
-                no_dist=not dist.is_initialized(),
-            )
-        except CheckpointException as error:
-            for failure, _ in error.failures.values():
-                if isinstance(failure, OSError):  # a full disk is the user's business: give it its own name back
-                    raise failure from None
-            raise
+        dcp.save(
+            {"model": model_state, "optimizer": optimizer_state},
+            checkpoint_id=str(partial / "shards"),
+            no_dist=not dist.is_initialized(),
+        )
         torch.save(rng_state(), partial / f"rng-{rank()}.pt")
         if rank() == 0:
             (partial / "config.toml").write_text(config_toml)
             (partial / "state.json").write_text(json.dumps({"step": step, **extra}))
     if rank() == 0:
         for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
+        for left in target.parent.glob(".step-*"):  # by a process that was killed while it saved or deleted
+            shutil.rmtree(left, ignore_errors=True)
     return target
 
 
@@ -156,11 +180,13 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
 
 def export(target: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Path:
     """Write a Hugging Face folder that AutoModelForCausalLM.from_pretrained and vLLM load; collective."""
-    named = full_parameters(policy)
+    state = {}
+    for name, full in full_parameters(policy).items():  # gathered one by one; kept on rank 0 alone
+        if rank() == 0:
+            state[name] = full.to("cpu", dtype).contiguous()
     with atomic_folder(target) as partial:
         if rank() == 0:
             model = policy.model
-            state = {k: v.to("cpu", dtype).contiguous() for k, v in named.items()}
             if model.config.tie_word_embeddings:
                 state.pop("lm_head.weight", None)
             config = type(model.config).from_dict(model.config.to_dict())
@@ -178,7 +204,7 @@ def export(target: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, dty
 
 def resume_path(folder: Path, resume: str, steps: int) -> Path | None:
     """The checkpoint to continue from: the newest complete one of an unfinished run, a given folder, or None to
-    start."""
+    start. A run that took its last step and was killed before summary.json is unfinished."""
     if resume == "never":
         return None
     if resume != "auto":
@@ -187,6 +213,11 @@ def resume_path(folder: Path, resume: str, steps: int) -> Path | None:
             raise InputError(f"resume {resume}: not a complete checkpoint (no state.json in it)")
         return path
     found = complete(folder)
-    if not found or json.loads((found[-1] / "state.json").read_text())["step"] >= steps:
+    if not found or (step_of(found[-1]) >= steps and (folder / "summary.json").is_file()):
         return None
     return found[-1]
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps taken before this checkpoint was written."""
+    return json.loads((path / "state.json").read_text())["step"]

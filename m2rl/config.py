@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import tomllib
 import types
@@ -121,7 +122,9 @@ class Objective:
     """Denominator: mean over a sample's tokens, then samples; all tokens; samples x max_new_tokens; equal mass per
     domain."""
     clip_low: float = 0.2
+    """The ratio of new to old probability is clipped below 1 - clip_low ..."""
     clip_high: float = 0.28
+    """... and above 1 + clip_high (clip-higher)."""
     dual_clip: float = 0.0
     """Bound on the loss of negative advantages (PPO dual clip), e.g. 3; 0 = off."""
     tis_cap: float = 2.0
@@ -130,7 +133,9 @@ class Objective:
     kl_coef: float = 0.0
     """Of the KL to the reference policy (the starting weights); 0 = no reference model is loaded, no pass is run."""
     kl: Literal["k1", "k2", "k3"] = "k3"
+    """Its estimator: -d, d^2 / 2, e^d - d - 1, with d = log(reference / policy)."""
     entropy_coef: float = 0.0
+    """Of the entropy bonus; the entropy is logged in any case."""
     mask_truncated: bool = False
     """Leave responses cut by max_new_tokens out of the loss (DAPO's overlong filtering)."""
     updates_per_rollout: int = 1
@@ -147,14 +152,20 @@ class Distill:
 @dataclass(frozen=True)
 class Optim:
     lr: float = 2e-6
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to min_lr_ratio * lr at the last step."""
     warmup_steps: int = 0
+    """Steps of linear warm-up."""
     min_lr_ratio: float = 0.1
     """Final learning rate over lr, for linear and cosine."""
     beta1: float = 0.9
     beta2: float = 0.98
+    """AdamW's second moment; beta1 is its first."""
     weight_decay: float = 0.1
+    """Of matrices; norms and biases are not decayed."""
     max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,7 @@ class Evaluation:
     every: int = 0
     """Steps between evaluations during training; before and after are always run. 0 = only those."""
     temperature: float = 1.0
+    """Of sampling in the evaluation; 0 = greedy."""
     max_new_tokens: int = 0
     """0 = as in rollout."""
 
@@ -191,6 +203,7 @@ class Log:
     rollouts_per_step: int = 4
     """Samples written to rollouts.jsonl per domain and step."""
     tensorboard: bool = False
+    """Also write <run_dir>/tensorboard (pip install tensorboard)."""
     wandb: str = ""
     """Weights & Biases project; empty = off."""
 
@@ -200,6 +213,8 @@ class Config:
     name: str = "run"
     """Names the run folder, runs/<name>, unless run_dir is given."""
     algorithm: Literal["grpo", "sft", "distill"] = "grpo"
+    """grpo: reinforcement learning on verifiable rewards; sft: supervised fine-tuning on demonstrations; distill: learn
+    from one teacher per domain."""
     seed: int = 0
     """Every random draw derives from it."""
     run_dir: str = ""
@@ -346,7 +361,13 @@ def check(config: Config, where: str) -> Config:
             r.group_size >= 2 or config.algorithm == "distill",
             f"rollout.group_size must be at least 2 for GRPO (a group of {r.group_size} has no advantage)",
         )
-        need(r.prompts_per_step >= 1, f"rollout.prompts_per_step must be at least 1, got {r.prompts_per_step}")
+        for key in ("prompts_per_step", "max_new_tokens", "max_prompt_tokens", "max_sequences", "verifier_workers"):
+            need(getattr(r, key) >= 1, f"rollout.{key} must be at least 1, got {getattr(r, key)}")
+        need(r.verifier_timeout_s > 0, f"rollout.verifier_timeout_s must be above 0, got {r.verifier_timeout_s}")
+        need(
+            r.dynamic_sampling_rounds >= 0,
+            f"rollout.dynamic_sampling_rounds must not be negative, got {r.dynamic_sampling_rounds}",
+        )
         need(r.temperature > 0, f"rollout.temperature must be above 0, got {r.temperature}")
         need(0 <= r.carry_over < 1, f"rollout.carry_over must be in [0, 1), got {r.carry_over}")
         if r.carry_over:
@@ -363,8 +384,9 @@ def check(config: Config, where: str) -> Config:
         )
         need(r.kv_cache_gib > 0, f"rollout.kv_cache_gib must be above 0, got {r.kv_cache_gib}")
         need(r.stall_timeout_s > 0, f"rollout.stall_timeout_s must be above 0, got {r.stall_timeout_s}")
-        need(r.max_new_tokens >= 1, f"rollout.max_new_tokens must be at least 1, got {r.max_new_tokens}")
-        need(0 <= o.clip_low < 1, f"objective.clip_low must be in [0, 1), got {o.clip_low}")
+        need(0 <= o.clip_low <= 1, f"objective.clip_low must be in [0, 1], got {o.clip_low}")
+        need(o.clip_high >= 0, f"objective.clip_high must not be negative, got {o.clip_high}")
+        need(o.tis_cap >= 0, f"objective.tis_cap must not be negative, got {o.tis_cap}")
         need(
             o.updates_per_rollout >= 1, f"objective.updates_per_rollout must be at least 1, got {o.updates_per_rollout}"
         )
@@ -389,8 +411,21 @@ def check(config: Config, where: str) -> Config:
     need(t.tokens_per_bin >= 16, f"train.tokens_per_bin must be at least 16, got {t.tokens_per_bin}")
     need(t.keep_checkpoints >= 1, f"train.keep_checkpoints must be at least 1, got {t.keep_checkpoints}")
     need(t.replicas >= 1, f"train.replicas must be at least 1, got {t.replicas}")
+    need(t.save_every >= 0, f"train.save_every must not be negative, got {t.save_every}")
+    need(config.threads >= 1, f"threads must be at least 1, got {config.threads}")
     need(opt.lr > 0, f"optim.lr must be above 0, got {opt.lr}")
-    need(config.evaluation.k >= 1, f"evaluation.k must be at least 1, got {config.evaluation.k}")
+    for key in ("beta1", "beta2"):
+        need(0 <= getattr(opt, key) < 1, f"optim.{key} must be in [0, 1), got {getattr(opt, key)}")
+    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio"):
+        need(getattr(opt, key) >= 0, f"optim.{key} must not be negative, got {getattr(opt, key)}")
+    e = config.evaluation
+    for key in ("k", "problems"):
+        need(getattr(e, key) >= 1, f"evaluation.{key} must be at least 1, got {getattr(e, key)}")
+    for key in ("every", "temperature", "max_new_tokens"):
+        need(getattr(e, key) >= 0, f"evaluation.{key} must not be negative, got {getattr(e, key)}")
+    for f in dataclasses.fields(config):
+        for key, value in vars(part).items() if dataclasses.is_dataclass(part := getattr(config, f.name)) else ():
+            need(not isinstance(value, float) or math.isfinite(value), f"{f.name}.{key} must be finite, got {value}")
     need(bool(config.data.train), "data.train must name at least one file")
     need(all(d.name for d in config.domain), "every [[domain]] needs a name")
     names = [d.name for d in config.domain]
@@ -401,10 +436,25 @@ def check(config: Config, where: str) -> Config:
     return config
 
 
-def load(argv: list[str], prog: str = "torchrun -m m2rl.train", default: str = "embedded") -> tuple[Config, Launch]:
+HELP = """\
+Train one language model on several domains with verifiable rewards.
+
+  torchrun -m m2rl.train                                           the built-in model on generated problems, 3 minutes
+  torchrun -m m2rl.train --config my.toml                          your model and data (README, "Real input")
+  torchrun -m m2rl.train --config my.toml --dry-run                what it would do and need; trains nothing
+  torchrun -m m2rl.train --config my.toml --rollout.group-size 8   any key of the config, overridden
+
+--config FILE|NAME   a TOML file, or a config that ships with m2rl ({names}); default embedded
+--dry-run            resolve everything, print the plan, train nothing
+
+The same command continues a run that was interrupted; --resume never starts it over. What is group_size = 8 under \
+[rollout] in TOML is --rollout.group-size 8 here; --domain.1.quota 8 sets the second [[domain]]. Every key:"""
+
+
+def load(argv: list[str]) -> tuple[Config, Launch]:
     """Parse a command line: --config, then --dry-run, then dotted overrides of any key."""
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config", default=default)
+    first.add_argument("--config", default="embedded")
     first.add_argument("--dry-run", action="store_true")
     known, rest = first.parse_known_args(argv)
     table, where = read_toml(known.config)
@@ -413,19 +463,15 @@ def load(argv: list[str], prog: str = "torchrun -m m2rl.train", default: str = "
         import tyro  # here: its import costs 0.3 s that the run without overrides need not pay
 
         where = f"{where} with {' '.join(rest)}"
+        helping = not {"-h", "--help"}.isdisjoint(rest)
         config = tyro.cli(
             Config,
-            default=config,
+            # every [[domain]] has the same keys: help shows them once
+            default=dataclasses.replace(config, domain=config.domain[:1]) if helping else config,
             args=rest,
-            prog=prog,
+            prog="torchrun -m m2rl.train",
             config=(tyro.conf.FlagConversionOff,),
-            description=(
-                "Train one language model on several domains with verifiable rewards.\n\n"
-                "--config FILE|NAME  a TOML file or a shipped config "
-                f"({', '.join(named_configs())}); default {default}\n"
-                "--dry-run           resolve everything, print the plan, train nothing\n\n"
-                "Every key of the config is an option:"
-            ),
+            description=HELP.format(names=", ".join(named_configs())),
         )
     return check(config, where), Launch(known.config, known.dry_run)
 

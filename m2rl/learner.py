@@ -60,6 +60,20 @@ def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.dev
     return Bin(packed, target - 1, packed.tokens[target], fields, list(members))
 
 
+def added(parts: Sequence[StepStats]) -> StepStats:
+    """The statistics of a rollout's several updates as one: sums add, the loss is their mean, the norm the largest."""
+    first = parts[0].per_domain
+    per_domain = {d: {k: sum(p.per_domain[d][k] for p in parts) for k in first[d]} for d in first}
+    return StepStats(
+        loss=sum(p.loss for p in parts) / len(parts),
+        grad_norm=max((p.grad_norm for p in parts), key=lambda norm: (math.isnan(norm), norm)),
+        skipped=any(p.skipped for p in parts),
+        tokens=sum(p.tokens for p in parts),
+        trained_tokens=sum(p.trained_tokens for p in parts),
+        per_domain=per_domain,
+    )
+
+
 class Learner:
     """Policy, AdamW and the learning-rate schedule. Collective over the ranks: all call `step` with the same rows."""
 

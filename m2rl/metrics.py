@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -76,14 +77,17 @@ class Recorder:
                 raise InputError(
                     "log.tensorboard: the tensorboard package is not installed (pip install tensorboard)"
                 ) from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_to_step)
         if options.wandb:
             try:
                 import wandb
             except ImportError:
                 raise InputError("log.wandb: the wandb package is not installed (pip install wandb)") from None
+            known = folder / "wandb-run-id"  # a resumed run goes on in the same one
+            run = known.read_text() if keep_to_step is not None and known.exists() else secrets.token_hex(4)
+            known.write_text(run)
             self.wandb = wandb.init(
-                project=options.wandb, name=name, dir=str(folder), config=dict(config), resume="allow"
+                project=options.wandb, name=name, dir=str(folder), config=dict(config), id=run, resume="allow"
             )
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
@@ -153,7 +157,9 @@ def _truncate(path: Path, keep_to_step: int | None) -> None:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # the last line of a killed process
-    path.write_text("".join(kept), encoding="utf-8")
+    kept_file = path.with_suffix(".kept")
+    kept_file.write_text("".join(kept), encoding="utf-8")
+    kept_file.replace(path)
 
 
 class Display:

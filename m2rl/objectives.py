@@ -84,12 +84,8 @@ def token_weights(
 
 
 def group_stats(samples: Sequence[Sample], objective: Objective) -> tuple[np.ndarray, list[GroupStats]]:
-    """([S] advantages, per-group statistics) of samples that lie group by group."""
-    starts = [
-        i
-        for i, s in enumerate(samples)
-        if i == 0 or (s.prompt is not samples[i - 1].prompt and s.prompt.id != samples[i - 1].prompt.id)
-    ]
+    """([S] advantages, per-group statistics) of samples that lie group by group, each from index 0 up."""
+    starts = [i for i, s in enumerate(samples) if s.index == 0]
     offsets = torch.tensor([*starts, len(samples)])
     rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
     result = group_advantages(rewards, offsets, mode=objective.advantage)

@@ -9,7 +9,7 @@ that are scored reach the head, and `linear_logprob` never forms [N, V] logits. 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from m2rl.types import InputError
 
 ATTENTION = "m2rl_packed"
-CPU_LENGTH_BUCKET = 8  # tokens; CPU sequences are padded up to a multiple of it and batched by padded length
+LENGTH_BUCKET = 8  # tokens; without varlen attention, sequences are padded to a multiple of it and batched by length
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class Packed:
     positions: Tensor  # [T] int64, restarting at 0 in each sequence
     cu_seqlens: Tensor  # [S+1] int32
     max_seqlen: int
-    buckets: tuple[tuple[Tensor, int], ...]  # CPU: per padded length L, ([B*L] int64 source rows, L)
-    inverse: Tensor | None  # CPU: [T] int64, row of each token among the concatenated buckets
+    buckets: tuple[tuple[Tensor, int], ...]  # per padded length L, ([B*L] int64 source rows, L)
+    inverse: Tensor  # [T] int64, row of each token among the concatenated buckets
 
     @staticmethod
     def of(sequences: Sequence[Sequence[int]], device: torch.device) -> Packed:
@@ -54,12 +55,14 @@ class Packed:
         positions = torch.arange(total) - starts.repeat_interleave(lengths)
         cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
         longest = int(lengths.max()) if len(sequences) else 0
-        buckets, inverse = ((), None) if device.type != "cpu" else _length_buckets(starts, lengths, total)
+        buckets, inverse = _length_buckets(starts, lengths, total, device)
         return Packed(tokens.to(device), positions.to(device), cu.to(device), longest, buckets, inverse)
 
 
-def _length_buckets(starts: Tensor, lengths: Tensor, total: int) -> tuple[tuple[tuple[Tensor, int], ...], Tensor]:
-    padded = (lengths + CPU_LENGTH_BUCKET - 1) // CPU_LENGTH_BUCKET * CPU_LENGTH_BUCKET
+def _length_buckets(
+    starts: Tensor, lengths: Tensor, total: int, device: torch.device
+) -> tuple[tuple[tuple[Tensor, int], ...], Tensor]:
+    padded = (lengths + LENGTH_BUCKET - 1) // LENGTH_BUCKET * LENGTH_BUCKET
     buckets, inverse, offset = [], torch.empty(total, dtype=torch.int64), 0
     for size in padded.unique().tolist():
         inside = (padded == size).nonzero().flatten()
@@ -67,9 +70,9 @@ def _length_buckets(starts: Tensor, lengths: Tensor, total: int) -> tuple[tuple[
         real = column < lengths[inside, None]
         source = torch.where(real, starts[inside, None] + column, 0)  # padding reads row 0; nothing reads padding
         inverse[source[real]] = (offset + torch.arange(real.numel()).view_as(real))[real]
-        buckets.append((source.flatten(), size))
+        buckets.append((source.flatten().to(device), size))
         offset += real.numel()
-    return tuple(buckets), inverse
+    return tuple(buckets), inverse.to(device)
 
 
 def packed_attention(
@@ -85,8 +88,8 @@ def packed_attention(
     """Causal attention inside each packed sequence. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq,
     D]."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    if q.is_cuda:
-        return _varlen_cuda(q, k, v, packed, scaling)[None], None
+    if q.is_cuda and q.dtype != torch.float32:  # no varlen kernel takes float32 or runs on a CPU
+        return _varlen(q, k, v, packed, scaling)[None], None
     grouped, outputs = q.shape[1] != k.shape[1], []
     for source, size in packed.buckets:
         qb, kb, vb = (x[source].view(-1, size, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
@@ -96,23 +99,27 @@ def packed_attention(
     return torch.cat(outputs)[packed.inverse][None], None
 
 
-def _varlen_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float) -> Tensor:
-    cu, longest = packed.cu_seqlens, packed.max_seqlen
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+# torch 2.11 takes equal head counts only.
+VARLEN_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-        grouped: dict[str, Any] = {}
-        if k.shape[1] != q.shape[1]:
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-                grouped = {"enable_gqa": True}
-            else:  # torch 2.11 takes equal head counts only
-                repeat = q.shape[1] // k.shape[1]
-                k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
-        return cast(Tensor, out)
-    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float) -> Tensor:
+    cu, longest = packed.cu_seqlens, packed.max_seqlen
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True)
+    grouped: dict[str, Any] = {}
+    if k.shape[1] != q.shape[1]:
+        if VARLEN_GROUPS_HEADS:
+            grouped = {"enable_gqa": True}
+        else:
+            repeat = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+    return cast(Tensor, out)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -227,16 +234,15 @@ def shard(
 
         for i, layer in enumerate(layers):
             layers[i] = checkpoint_wrapper(layer)
-    policy.to(device)
     if compile and device.type == "cuda":
         for layer in layers:
             layer.compile(dynamic=True)
     if world == 1 and compute_dtype == torch.float32:
-        return policy
+        return policy.to(device)
     shape, names = ((replicas, world // replicas), ("replicate", "shard")) if replicas > 1 else ((world,), ("shard",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in layers:
+    for layer in layers:  # each moves to the device as it is sharded, so that no GPU ever holds the whole model
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
@@ -262,13 +268,28 @@ def load_weights(policy: Policy, folder: str | Path) -> None:
         p.copy_(distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full)
 
 
-def full_parameters(policy: Policy) -> dict[str, Tensor]:
-    """Every parameter whole, by its Hugging Face name; collective. Unsharded ones are given as they are, not copied."""
-    named = {}
-    for name, p in policy.model.named_parameters():
-        full = p.full_tensor() if hasattr(p, "full_tensor") else p
-        named[name.replace("_checkpoint_wrapped_module.", "")] = full.detach()
-    return named
+class FullParameters(Mapping[str, Tensor]):
+    """Every parameter whole, by its Hugging Face name. A sharded one is gathered when it is read, so that a loop holds
+    one at a time; reading is collective, and every rank must read the same names in the same order."""
+
+    def __init__(self, policy: Policy):
+        self._named = {
+            name.replace("_checkpoint_wrapped_module.", ""): p for name, p in policy.model.named_parameters()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        p = self._named[name]
+        return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+
+def full_parameters(policy: Policy) -> FullParameters:
+    return FullParameters(policy)
 
 
 # Loading bars and notes on sharding plans that are not used would break into the run's own display.

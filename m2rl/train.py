@@ -35,8 +35,8 @@ from m2rl.config import Config, build, check, differing_keys, load, read_toml, t
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
 from m2rl.evaluate import EVAL_STEP, end_tokens
-from m2rl.launch import Stopping, exit_with, on_rank_0, process_group
-from m2rl.learner import Learner
+from m2rl.launch import Stopping, exit_with, leader_speaks, on_rank_0, process_group
+from m2rl.learner import Learner, added
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
 from m2rl.policy import Policy, load_model, shard
 from m2rl.rollout.carry import CarryOver
@@ -55,12 +55,13 @@ PROBE_K3 = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, launch = load(list(sys.argv[1:] if argv is None else argv))
-    if launch.dry_run:
-        from m2rl.plan import print_plan
+    with leader_speaks():
+        config, launch = load(list(sys.argv[1:] if argv is None else argv))
+        if launch.dry_run:
+            from m2rl.plan import print_plan
 
-        print_plan(config)
-        return 0
+            print_plan(config)
+            return 0
     with process_group(config.threads) as device, Stopping() as stopping:
         return train(config, device, stopping)
 
@@ -144,19 +145,21 @@ class Run:
             ) from None
 
     def _prepare_folder(self) -> None:
-        """A fresh run moves what an earlier one left into previous/; nothing is deleted but an older previous/."""
+        """A fresh run moves what an earlier one left into previous/, a resumed one what came after its checkpoint;
+        nothing is deleted but an older previous/."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.resume_from is None:
-            old = [
-                self.folder / n
-                for n in ("checkpoints", "model", "metrics.jsonl", "rollouts.jsonl", "summary.json", "config.toml")
-                if (self.folder / n).exists()
-            ]
-            if old:
-                shutil.rmtree(self.folder / "previous", ignore_errors=True)
-                (self.folder / "previous").mkdir()
-                for path in old:
-                    path.rename(self.folder / "previous" / path.name)
+            names = ["checkpoints", "model", "metrics.jsonl", "rollouts.jsonl", "summary.json", "config.toml"]
+            old = [self.folder / n for n in names if (self.folder / n).exists()]
+        else:  # checkpoints of a branch that is given up must not be taken for the newest
+            step = checkpoint.step_of(self.resume_from)
+            old = [p for p in checkpoint.complete(self.folder) if checkpoint.step_of(p) > step]
+            (self.folder / "summary.json").unlink(missing_ok=True)
+        if old:
+            shutil.rmtree(self.folder / "previous", ignore_errors=True)
+            (self.folder / "previous").mkdir()
+            for path in old:
+                path.rename(self.folder / "previous" / path.name)
         if self.config.model.path == "embedded" and self.resume_from is None:
             embedded.save(self.folder / "init", self.config.seed)
         (self.folder / "config.toml").write_text(to_toml(self.config))
@@ -263,7 +266,7 @@ class Run:
         mixture = Mixture(loaded.sources, quotas(c.domain, loaded.sources, c.train.batch_size), c.seed)
         names = list(mixture.quota)
         start, _ = self.begin(names)
-        objective, too_long, wall = Supervised(), 0, Phases()
+        objective, too_long, through, wall = Supervised(), 0, 0, Phases()
         self.display.start("warm start" if self.folder.name == "warm_start" else "sft", c.train.steps, start)
         for step in range(start, c.train.steps):
             phases = Phases()
@@ -285,6 +288,7 @@ class Run:
                     r.weight = 1 / total
             with phases("learn"):
                 stats = self.learner.step(rows, objective, step)
+            through += stats.tokens
             wall.add(phases)
             self.record(step, stats, phases, {"too_long": too_long})
             self.display.update(
@@ -293,8 +297,10 @@ class Run:
             if self.after_step(stats, step, {}):
                 return None
         self.display.stop()
-        model = checkpoint.export(self.folder / "model", self.policy, self.tokenizer, self.export_dtype)
+        with wall("export"):
+            model = checkpoint.export(self.folder / "model", self.policy, self.tokenizer, self.export_dtype)
         self.recorder.close()
+        self.summarise(wall, through, model, {"too_long": too_long})
         if too_long:
             self.display.say(f"{too_long} demonstrations were longer than train.tokens_per_bin and were skipped")
         self.display.say(f"SFT done: {model}")
@@ -400,10 +406,9 @@ class Run:
             with phases("old_logp"):
                 for row, logp in zip(flat, self.learner.score(flat)):
                     row.old_logp = logp
-        stats = StepStats(float("nan"), float("nan"), True, 0, 0)
         with phases("learn"):
-            for batch in batches:
-                stats = self.learner.step(batch, objective, step)
+            updates = [self.learner.step(batch, objective, step) for batch in batches]
+        stats = added(updates) if updates else StepStats(float("nan"), float("nan"), True, 0, 0)
         summary = metrics.rollout_metrics(samples, groups)
         self.alarm(step, stats)
         self.recorder.rollouts(step, samples)
@@ -566,33 +571,42 @@ class Run:
                 f"(limit {PROBE_K3:g}); their weights, tokenizer or temperature differ"
             )
 
-    def finish(
-        self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path
-    ) -> None:
+    def summarise(self, phases: Phases, tokens: int, model: Path, more: dict[str, Any]) -> None:
+        """Write summary.json, which says that the run is finished."""
         self.wall |= phases.seconds
         self.wall["total"] = time.perf_counter() - self.started
-        learn = max(phases.seconds.get("learn", 0.0), 1e-9)
         joules = self.energy.joules()
         summary = {
-            "before": {d: s.as_dict() for d, s in before.items()},
-            "after": {d: s.as_dict() for d, s in after.items()},
+            **more,
             "wall_s": {k: round(v, 3) for k, v in self.wall.items()},
-            "trained_tokens_per_s": tokens / learn,
+            "trained_tokens_per_s": tokens / max(phases.seconds.get("learn", 0.0), 1e-9),
             "world_size": self.world,
             "device": self.device.type,
             "seed": self.config.seed,
             "model": str(model),
             **({"energy_j": joules} if joules is not None else {}),
         }
+        if checkpoint.rank() == 0:
+            partial = self.folder / ".summary.json"
+            partial.write_text(json.dumps(summary, indent=1) + "\n")
+            partial.replace(self.folder / "summary.json")
+
+    def finish(
+        self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path
+    ) -> None:
+        scores = {"before": before, "after": after}
+        self.summarise(
+            phases, tokens, model, {part: {d: s.as_dict() for d, s in its.items()} for part, its in scores.items()}
+        )
         if checkpoint.rank() != 0:
             return
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         say = self.display.say
         say("")
         if after:
             self.display.console.print(metrics.scores_table(before, after))
         say("Wall time  " + "  ".join(f"{k} {v:.1f} s" for k, v in self.wall.items()))
-        say(f"Throughput {tokens / learn:,.0f} trained tokens/s")
+        if tokens:
+            say(f"Throughput {tokens / phases.seconds['learn']:,.0f} tokens/s through the learner, prompts included")
         say(f"Files      {self.folder}/  (summary.json, metrics.jsonl, rollouts.jsonl, config.toml, model/)")
         say(
             "Next       torchrun -m m2rl.train --help            every option\n"
