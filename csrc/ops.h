@@ -113,6 +113,22 @@ M2RL_API void m2rl_group_advantages(int32_t is_double, const void* rewards, cons
                                     double eps, const int64_t* cu_seqlens, void* adv, void* mean, void* std, uint8_t* live,
                                     void* token_adv);
 
+// ---- policy loss (policy_loss.cpp; Python: m2rl_kernels/policy_loss.py) ----
+enum M2rlLossKind : int32_t { M2RL_GRPO = 0, M2RL_CISPO = 1, M2RL_GSPO = 2, M2RL_REINFORCE = 3 };  // KINDS
+enum M2rlKl : int32_t { M2RL_K1 = 0, M2RL_K2 = 1, M2RL_K3 = 2 };                                    // KLS
+struct M2rlPolicyLoss {
+  int64_t tokens, sequences, segments;
+  const float *logp, *behaviour, *advantage, *weight, *old_logp, *ref_logp, *entropy;  // [tokens]; behaviour, old_logp, ref_logp
+                                                                                       // and entropy may be null
+  const int32_t* cu_seqlens;  // [sequences + 1], read for gspo
+  const int64_t* segment;     // [tokens] row of stats, outside [0, segments): none; or null: row 0
+  float *grad_logp, *grad_entropy;  // [tokens]; grad_entropy null: the entropy is only measured
+  float *loss, *stats;              // [1], [segments * 15]
+  int32_t kind, kl;
+  float ratio_low, ratio_high, dual_clip, tis_cap, kl_coef, entropy_coef;  // dual_clip, tis_cap 0: off
+};
+M2RL_API void m2rl_policy_loss(const M2rlPolicyLoss* args);
+
 // ---- weight synchronisation (sync.cpp, sync.cu; Python: m2rl_kernels/weight_sync.py) ----
 // One strided 2-D copy; strides in elements. `tensor` and dst_first (flat index of dst[0] in its tensor) serve the checksum.
 struct M2rlCopy {

@@ -22,11 +22,15 @@ Cost: one read of at most seven [N] vectors, one write of one or two. One launch
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-KINDS = ("grpo", "cispo", "gspo", "reinforce")
-KLS = ("k1", "k2", "k3")
+from m2rl_kernels import native
+
+KINDS = ("grpo", "cispo", "gspo", "reinforce")  # M2rlLossKind in csrc/ops.h
+KLS = ("k1", "k2", "k3")  # M2rlKl
 STATS = (
     "count",  # tokens; every other column is a sum over them, so a mean is column / count
     "weight",  # weight
@@ -412,7 +416,27 @@ def _grads(ctx, grad_loss, *_):
 policy_loss_fwd.register_autograd(_grads, setup_context=_save)
 
 
-# ---- CPU -------------------------------------------------------------------------------------------------------------
+# ---- CPU: one pass in C++, a block of tokens in cache at a time ------------------------------------------------------
+
+
+class _Arguments(ctypes.Structure):
+    """M2rlPolicyLoss in csrc/ops.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "sequences", "segments")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("logp", "behaviour", "advantage", "weight", "old_logp", "ref_logp", "entropy"),
+                *("cu_seqlens", "segment", "grad_logp", "grad_entropy", "loss", "stats"),
+            )
+        ),
+        *((name, ctypes.c_int32) for name in ("kind", "kl")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("ratio_low", "ratio_high", "dual_clip", "tis_cap", "kl_coef", "entropy_coef")
+        ),
+    )
 
 
 def policy_loss_cpu(
@@ -437,75 +461,31 @@ def policy_loss_cpu(
 ):
     """dpg/dlogp is -A r (grpo, gspo, where not clipped), -A clip(r) (cispo), -A (reinforce); for gspo the token's own
     derivative is replaced by its sequence's mean, since every token of the sequence moves the one ratio."""
-    N, A = logp.shape[0], advantage
-    old = logp if old is None else old
-    log_r = logp - old
-    if kind == "gspo":
-        log_r = _sequence_mean(log_r, cu_seqlens)
-    r = log_r.exp()
-    low, high = r < 1 - eps_low, r > 1 + eps_high
-    dead = weight == 0
-    clip = torch.zeros_like(dead)
-    if kind == "reinforce":
-        slope, pg = -A, -A * logp
-    elif kind == "cispo":
-        slope = -A * r.clamp(1 - eps_low, 1 + eps_high)
-        pg, clip = slope * logp, (low | high) & (A != 0)
-    else:
-        slope = -A * r
-        pg = torch.maximum(slope, -A * r.clamp(1 - eps_low, 1 + eps_high))
-        clip = (A > 0) & high | (A < 0) & low
-        if dual_clip is not None:
-            far = (A < 0) & (r > dual_clip)
-            pg, clip = torch.where(far, -dual_clip * A, pg), clip | far
-        slope = slope.masked_fill(clip, 0.0)
-    table = torch.zeros(len(STATS), N)  # contiguous columns
-    column = dict(zip(STATS, table))
-    if behaviour is not None:
-        m = old - behaviour
-        e = m.exp()
-        column["mismatch_k1"].copy_(-m)
-        column["mismatch_k3"].copy_(torch.expm1(m) - m)
-        column["mismatch_ratio"].copy_(m.abs().exp())
-        if tis_cap is not None:
-            tis = e.clamp(max=tis_cap)
-            column["tis_clip"].copy_(e > tis_cap)
-            pg, slope = pg * tis, slope * tis
-    column["tis"].copy_(tis if behaviour is not None and tis_cap is not None else torch.ones(()))
-    if behaviour is None:
-        column["mismatch_ratio"].fill_(1.0)
-    slope = (weight * slope).masked_fill_(dead, 0.0)
-    grad_logp = _sequence_mean(slope, cu_seqlens) if kind == "gspo" else slope
-    if ref is not None:
-        d = ref - logp
-        k3 = torch.expm1(d) - d
-        column["kl_k1"].copy_(-d)
-        column["kl_k3"].copy_(k3)
-        if kl_coef != 0:
-            pg = pg + kl_coef * {"k1": -d, "k2": d * d / 2, "k3": k3}[kl]
-            pull = {"k1": torch.ones_like(d), "k2": -d, "k3": -torch.expm1(d)}[kl]
-            grad_logp = grad_logp + (weight * kl_coef * pull).masked_fill_(dead, 0.0)
-    grad_entropy = logp.new_empty(0)
-    if entropy is not None:
-        column["entropy"].copy_(entropy)
-        if entropy_coef != 0:
-            pg = pg - entropy_coef * entropy
-            grad_entropy = weight * -entropy_coef
-    loss_N = (weight * pg).masked_fill_(dead, 0.0)
-    for name, value in (
-        ("weight", weight),
-        ("pull", weight * A.abs()),
-        ("loss", loss_N),
-        ("logp", logp),
-        ("ratio", r),
-        ("clip", clip),
-    ):
-        column[name].copy_(value)
-    column["count"].fill_(1.0)
-    if segment is None:
-        stats = table.new_zeros(n_segments, len(STATS))
-        stats[0] = table.sum(1)
-    else:
-        onehot = segment[None, :] == torch.arange(n_segments)[:, None]
-        stats = torch.stack([table.masked_fill(~mine, 0.0).sum(1) for mine in onehot])
-    return loss_N.sum(), stats, grad_logp.contiguous(), grad_entropy
+    vectors = [
+        None if x is None else x.contiguous()
+        for x in (logp, behaviour, advantage, weight, old, ref, entropy, cu_seqlens, segment)
+    ]
+    grad_logp = torch.empty(logp.shape)
+    grad_entropy = torch.empty(logp.shape if entropy_coef != 0 else 0)
+    loss, stats = torch.empty(()), torch.empty(n_segments, len(STATS))
+    address = lambda x: None if x is None else x.data_ptr()  # noqa: E731
+    arguments = _Arguments(
+        len(logp),
+        0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        n_segments,
+        *map(address, vectors),
+        address(grad_logp),
+        address(grad_entropy) if entropy_coef != 0 else None,
+        address(loss),
+        address(stats),
+        KINDS.index(kind),
+        KLS.index(kl),
+        1 - eps_low,
+        1 + eps_high,
+        dual_clip or 0.0,
+        tis_cap or 0.0,
+        kl_coef,
+        entropy_coef,
+    )
+    native.cpu().m2rl_policy_loss(ctypes.byref(arguments))
+    return loss, stats, grad_logp, grad_entropy

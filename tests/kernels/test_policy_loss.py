@@ -284,3 +284,41 @@ def test_registered_operation_passes_opcheck():
             1,
         )
         torch.library.opcheck(policy_loss_fwd, args)
+
+
+@pytest.mark.parametrize("N", [1, 511, 512, 513, 1500])
+def test_blocks_and_segments_of_any_length(N):
+    """The CPU works in blocks of 512 tokens and in runs of one segment."""
+    cu = torch.tensor([0, N // 3, N // 3, N], dtype=torch.int32)
+    runs = (torch.arange(N) // 100) % 4 - 1
+    scattered = torch.randint(-1, 3, (N,), generator=torch.Generator().manual_seed(1))
+    for kind, segment in itertools.product(KINDS, (None, runs, scattered)):
+        x = make(N=N)
+        options = {
+            "kind": kind,
+            "kl_coef": 0.3,
+            "entropy_coef": 0.1,
+            "cu_seqlens": cu,
+            "segment": segment,
+            "n_segments": 3,
+        }
+        for got, exact in zip(run(x, **options), run(double(x), **options)):
+            bound = 1e-6 * max(1.0, (N / 64) ** 0.5)  # the loss is a sum of N terms of either sign
+            assert (got - exact).abs().max() <= bound * exact.abs().max().clamp(min=1), kind
+
+
+def test_the_exponential_to_both_ends_of_float32():
+    """ratio and mismatch are exponentials: over the whole range within 3 units in the last place, and its limits."""
+    d = torch.cat([torch.linspace(-103, 88.7, 5000), torch.tensor([0.0, -200.0, 89.0, 1e30, torch.inf, -torch.inf])])
+    N, one = len(d), torch.ones(len(d))
+    _, stats = policy_loss(
+        d, None, one, one, old_logp=torch.zeros(N), kind="reinforce", segment=torch.arange(N), n_segments=N
+    )
+    got, exact = stats[:, STATS.index("ratio")].double(), d.double().exp()
+    exact = torch.where(exact > torch.finfo(torch.float32).max, torch.inf, exact)
+    finite = exact.isfinite()
+    assert torch.equal(got[~finite], exact[~finite])
+    error = (got - exact)[finite].abs()
+    assert (error <= 3 * 2.0**-23 * exact[finite] + 2.0**-149).all()
+    _, stats = policy_loss(torch.tensor([torch.nan]), None, one[:1], one[:1], old_logp=torch.zeros(1))
+    assert stats[0, STATS.index("ratio")].isnan()

@@ -28,9 +28,10 @@ def test_interpreted_kernels_agree_with_the_cpu_paths():
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr
 
 
-def policy_loss_source(kind: str):
+def policy_loss_source(kind: str, rows: int = 8):
+    """rows: segments and their total, rounded up to a power of two."""
     from m2rl_kernels.policy_loss import STATS
-    from m2rl_kernels.policy_loss_triton import BLOCK, NUM_WARPS, policy_loss_kernel
+    from m2rl_kernels.policy_loss_triton import BLOCK, COLUMNS, NUM_WARPS, policy_loss_kernel
 
     types = dict.fromkeys(
         [
@@ -61,10 +62,10 @@ def policy_loss_source(kind: str):
         "SEGMENT": True,
         "DUAL": True,
         "TIS": True,
-        "ROWS": 8,
+        "ROWS": rows,
         "BLOCK": BLOCK,
         "STATS": len(STATS),
-        "CHUNK": 32,
+        "CHUNK": max(4096 // (rows * COLUMNS), 1),
     }
     return policy_loss_kernel, types, constants, NUM_WARPS
 
@@ -92,6 +93,12 @@ def advantages_source(mode: str):
     )
 
 
+def batch_std_source():
+    from m2rl_kernels.advantages_triton import batch_std_kernel
+
+    return batch_std_kernel, {"rewards": "*fp32", "out": "*fp64", "S": "i32"}, {"BLOCK": 1024}, 8
+
+
 def resources(kernel, types, constants, num_warps, capability) -> dict[str, int]:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
@@ -115,7 +122,9 @@ def resources(kernel, types, constants, num_warps, capability) -> dict[str, int]
     "name,source",
     [
         *((f"policy_loss {k}", lambda k=k: policy_loss_source(k)) for k in ("grpo", "gspo", "cispo", "reinforce")),
-        *((f"group_advantages {m}", lambda m=m: advantages_source(m)) for m in ("grpo", "batch_std")),
+        *((f"policy_loss of {r} rows", lambda r=r: policy_loss_source("grpo", r)) for r in (2, 32)),
+        *((f"group_advantages {m}", lambda m=m: advantages_source(m)) for m in ("grpo", "rloo", "batch_std")),
+        ("batch_std", batch_std_source),
     ],
 )
 def test_compiles_without_spills(name, source, capability):
