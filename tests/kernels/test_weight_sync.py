@@ -241,6 +241,10 @@ def test_wrong_tensors_are_named():
         plan.sync({"a": torch.zeros(1, 2)})
     with pytest.raises(ValueError, match=r"shard of a must be rows 0:1 of \[2, 2\], contiguous, float, on cpu, got"):
         plan.sync({"a": torch.zeros(2, 2), "b": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"shard of a must be rows 0:1 of .* got torch.float32 \[2, 1\]"):
+        plan.sync({"a": torch.zeros(2, 1), "b": torch.zeros(2)})  # as many elements, another layout
+    with pytest.raises(ValueError, match=r"shards must be of the plan's sources, got extra besides"):
+        plan.sync({"a": torch.zeros(1, 2), "b": torch.zeros(2), "extra": torch.zeros(1)})
 
 
 # ---- checksums -----------------------------------------------------------------------------------------------------
