@@ -120,10 +120,10 @@ class VllmEngine:
                 f"model.path {model_path} takes {limit} tokens; rollout.max_prompt_tokens and max_new_tokens together "
                 f"ask for {self.max_length}"
             )
-        one = kv_bytes_per_token(config, shape) * (-(-self.max_length // BLOCK) * BLOCK) / GIB
-        if r.kv_cache_gib < one:
+        least = kv_bytes_per_token(config, shape) * (-(-self.max_length // BLOCK) * BLOCK) / GIB
+        if r.kv_cache_gib < least:
             raise InputError(
-                f"rollout.kv_cache_gib must be at least {one:.3g}, one response of the full {self.max_length} tokens "
+                f"rollout.kv_cache_gib must be at least {least:.3g}, one response of the full {self.max_length} tokens "
                 f"(rollout.max_prompt_tokens and max_new_tokens), got {r.kv_cache_gib:g}"
             )
         if cuda:
