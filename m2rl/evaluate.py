@@ -158,7 +158,7 @@ class Evaluator:
         """The benchmark of that name (options as of `benchmarks.load`), its budget cut to the model's positions."""
         found = benchmarks.load(item, self.tokenizer, self.config, **options) if isinstance(item, str) else item
         longest = max(len(p.tokens) for p in found.prompts)
-        room = self.positions - longest
+        room = getattr(self.engine, "max_length", self.positions) - longest  # a vLLM engine is built for a length
         if room < 1:
             raise InputError(
                 f"{found.name}: its longest prompt has {longest} tokens, which is all that {self.path} can read"
@@ -257,7 +257,7 @@ def evaluate_model(
 def main(argv: Sequence[str] | None = None) -> int:
     o = arguments(argv)
     wanted = [n for part in o.benchmarks.split(",") for n in (benchmarks.PRESETS if part == "paper" else [part]) if n]
-    config = evaluation_config(o, wanted)
+    config = evaluation_config(wanted, o.config, o.engine, o.temperature, o.max_new_tokens)
     check_options(o, wanted)
     with process_group(config.threads) as device:
         return run(o, wanted, config, device)
@@ -318,11 +318,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluation_config(o: argparse.Namespace, wanted: Sequence[str]) -> Config:
+def evaluation_config(
+    wanted: Sequence[str], named: str = "", engine: str = "", temperature: float = -1.0, max_new_tokens: int = 0
+) -> Config:
     """The config that was named; the built-in model's if only embedded domains are asked; else the paper's budget."""
     embedded = all(name in procedural.DOMAINS for name in wanted)
-    if o.config or embedded:
-        table, where = read_toml(o.config or "embedded")
+    if named or embedded:
+        table, where = read_toml(named or "embedded")
         config = build(Config, table, where)
     else:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -332,16 +334,17 @@ def evaluation_config(o: argparse.Namespace, wanted: Sequence[str]) -> Config:
                 max_prompt_tokens=8192,
                 max_new_tokens=benchmarks.PAPER_MAX_NEW_TOKENS,
                 verifier_workers=max(1, min(8, cores)),
+                kv_cache_gib=48.0 if torch.cuda.is_available() else 1.0,
                 verifier_timeout_s=120.0,  # LiveCodeBench: dozens of tests of up to 6 s
             ),
         )
     rollout, e = config.rollout, config.evaluation
-    if o.engine:
-        rollout = dataclasses.replace(rollout, engine=o.engine)
-    if o.temperature >= 0:
-        e = dataclasses.replace(e, temperature=o.temperature)
-    if o.max_new_tokens:
-        e = dataclasses.replace(e, max_new_tokens=o.max_new_tokens)
+    if engine:
+        rollout = dataclasses.replace(rollout, engine=engine)
+    if temperature >= 0:
+        e = dataclasses.replace(e, temperature=temperature)
+    if max_new_tokens:
+        e = dataclasses.replace(e, max_new_tokens=max_new_tokens)
     return dataclasses.replace(config, rollout=rollout, evaluation=e)
 
 

@@ -443,36 +443,15 @@ def stream(
         + sum(ITEM_BYTES[o.layout.dtypes[n]] * math.prod(inputs.info(n).shape) for o in outputs)
         for n in names
     }
-    whole = [i for i, o in enumerate(outputs) if _needs_whole_model(o.recipe)]
-    read_all = sum(c.tensors[n].size for n in inputs.merged for c in inputs.all) if whole else 0
+    recipes = [o.recipe for o in outputs]
+    read_all = any(map(_needs_whole_model, recipes)) * sum(c.tensors[n].size for n in inputs.merged for c in inputs.all)
     bar = Progress(sum(size.values()) + read_all, progress)
-    global_statistics: dict[int, tuple[dict[str, int], Statistics]] = {}
+    whole = whole_statistics(inputs, recipes, with_base, place)
     if whole:
-        ordered = sorted(inputs.merged)  # the authors concatenate by sorted name: ties are resolved in that order
-        everything = as_tensors(inputs, ordered, with_base)
-        report = passes.Report(nonfinite=np.zeros((len(ordered), len(inputs.experts) + 1), np.int64))
-        found = passes.gather(everything, [outputs[i].recipe for i in whole], device=place, report=report)
-        assert report.nonfinite is not None
-        _check_finite(inputs, everything, report.nonfinite)
-        row = {name: t for t, name in enumerate(ordered)}
-        global_statistics = {i: (row, s) for i, s in zip(whole, found)}
-        for checkpoint in inputs.all:
-            checkpoint.release(ordered)
         bar.add(read_all, "statistics of the whole model")
     for batch in batches(inputs, names):
         tensors = as_tensors(inputs, batch, with_base)
-        local = [
-            i
-            for i in range(len(outputs))
-            if i not in global_statistics and outputs[i].recipe.rule.combine != "spectral"
-        ]
-        report = passes.Report(nonfinite=np.zeros((len(batch), len(inputs.experts) + 1), np.int64))
-        found = passes.gather(tensors, [outputs[i].recipe for i in local], device=place, report=report)
-        assert report.nonfinite is not None
-        _check_finite(inputs, tensors, report.nonfinite)
-        statistics = dict(zip(local, found))
-        for i, (row, s) in global_statistics.items():
-            statistics[i] = s.take([row[n] for n in batch])
+        statistics = batch_statistics(inputs, tensors, recipes, whole, place)
         for i, output in enumerate(outputs):
             if i in statistics:
                 _apply(inputs, tensors, output, statistics[i], place)
@@ -488,6 +467,41 @@ def stream(
         checkpoint.check_unchanged()
     bar.close()
     return [_summary(inputs, output) for output in outputs]
+
+
+Whole = dict[int, tuple[dict[str, int], Statistics]]  # recipe -> (tensor -> row, statistics of every tensor)
+
+
+def whole_statistics(inputs: Inputs, recipes: Sequence[Recipe], with_base: bool, place: Device) -> Whole:
+    """Of the recipes that look at the whole model at once, in one reading."""
+    chosen = [i for i, r in enumerate(recipes) if _needs_whole_model(r)]
+    if not chosen:
+        return {}
+    ordered = sorted(inputs.merged)  # the authors concatenate by sorted name: ties are resolved in that order
+    everything = as_tensors(inputs, ordered, with_base)
+    report = passes.Report(nonfinite=np.zeros((len(ordered), len(inputs.experts) + 1), np.int64))
+    found = passes.gather(everything, [recipes[i] for i in chosen], device=place, report=report)
+    assert report.nonfinite is not None
+    _check_finite(inputs, everything, report.nonfinite)
+    row = {name: t for t, name in enumerate(ordered)}
+    for checkpoint in inputs.all:
+        checkpoint.release(ordered)
+    return {i: (row, s) for i, s in zip(chosen, found)}
+
+
+def batch_statistics(
+    inputs: Inputs, tensors: Tensors, recipes: Sequence[Recipe], whole: Whole, place: Device
+) -> dict[int, Statistics]:
+    """recipe -> statistics of these tensors, in one reading; none for spectral methods, which take a matrix at once."""
+    local = [i for i, r in enumerate(recipes) if i not in whole and r.rule.combine != "spectral"]
+    report = passes.Report(nonfinite=np.zeros((len(tensors), len(inputs.experts) + 1), np.int64))
+    found = passes.gather(tensors, [recipes[i] for i in local], device=place, report=report)
+    assert report.nonfinite is not None
+    _check_finite(inputs, tensors, report.nonfinite)
+    out = dict(zip(local, found))
+    for i, (row, s) in whole.items():
+        out[i] = s.take([row[n] for n in tensors.names])
+    return out
 
 
 def _needs_whole_model(r: Recipe) -> bool:
@@ -521,12 +535,7 @@ def _apply(inputs: Inputs, tensors: Tensors, output: Output, statistics: Statist
     assert report.nonfinite is not None and report.overflow is not None and report.checksum is not None
     assert report.nonzero is not None and report.changed is not None
     _check_finite(inputs, tensors, report.nonfinite)
-    for t in np.flatnonzero(report.overflow).tolist():
-        raise InputError(
-            f"{tensors.names[t]}: {report.overflow[t]} merged elements overflow "
-            f"{output.layout.dtypes[tensors.names[t]]}; "
-            "choose a wider --dtype"
-        )
+    _check_overflow(tensors, report, output.layout)
     for t, name in enumerate(tensors.names):
         entry = {
             "tensor": name,
@@ -540,19 +549,20 @@ def _apply(inputs: Inputs, tensors: Tensors, output: Output, statistics: Statist
         output.done[name] = entry
 
 
-def _apply_spectral(inputs: Inputs, batch: Sequence[str], output: Output) -> None:
-    """SVD methods: one matrix at a time, in torch."""
-    from m2rl_kernels import delta_merge
+def _check_overflow(tensors: Tensors, report: passes.Report, layout: Layout) -> None:
+    assert report.overflow is not None
+    for t in np.flatnonzero(report.overflow).tolist():
+        raise InputError(
+            f"{tensors.names[t]}: {report.overflow[t]} merged elements overflow {layout.dtypes[tensors.names[t]]}; "
+            "choose a wider --dtype"
+        )
 
+
+def _apply_spectral(inputs: Inputs, batch: Sequence[str], output: Output) -> None:
     for name in batch:
         if name in output.done:
             continue
-        merged = delta_merge.spectral_from_bytes(
-            output.recipe,
-            inputs.info(name).shape,
-            [(c.bytes(name), CODES[c.tensors[name].dtype]) for c in inputs.all],
-            CODES[output.layout.dtypes[name]],
-        )
+        merged = _spectral(inputs, output.recipe, name, CODES[output.layout.dtypes[name]])
         output.writer.write(name, merged)
         entry = {
             "tensor": name,
@@ -561,6 +571,14 @@ def _apply_spectral(inputs: Inputs, batch: Sequence[str], output: Output) -> Non
         }
         output.journal.add(**entry)
         output.done[name] = entry
+
+
+def _spectral(inputs: Inputs, r: Recipe, name: str, code: int) -> np.ndarray:
+    """SVD methods: one matrix at a time, in torch."""
+    from m2rl_kernels import delta_merge
+
+    data = [(c.bytes(name), CODES[c.tensors[name].dtype]) for c in inputs.all]
+    return delta_merge.spectral_from_bytes(r, inputs.info(name).shape, data, code)
 
 
 def _copy(inputs: Inputs, name: str, output: Output) -> None:
@@ -749,6 +767,70 @@ def merge(
     return Path(out)
 
 
+def open_for(
+    recipes: Sequence[Recipe], base: str | os.PathLike | None, experts: Sequence[str | os.PathLike], dtype: str | None
+) -> Inputs:
+    """The inputs of these merges, checked; recipes that go by layer are told the last one."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if base is None and any(r.needs_base for r in recipes):
+        raise InputError(f"--base is needed by {next(r.method for r in recipes if r.needs_base)}")
+    inputs = open_inputs(base, experts)
+    numbers = [int(m.group(1)) for n in inputs.merged if (m := re.search(r"layers\.(\d+)\.", n))]
+    for chosen in recipes:
+        if chosen.per_tensor is not None and hasattr(chosen.per_tensor, "layers"):
+            chosen.per_tensor.layers["last"] = max(numbers, default=0)
+    return inputs
+
+
+def in_memory(
+    base: str | os.PathLike | None,
+    experts: Sequence[str | os.PathLike],
+    recipes: Sequence[Recipe],
+    *,
+    dtype: str | None = None,
+    threads: int = 0,
+) -> Iterator[dict[str, tuple[str, tuple[int, ...], np.ndarray]]]:
+    """The merges of a sweep, one after the other in the same memory, bit for bit what `merge_many` writes to disk.
+
+    Yields the float tensors: name -> (dtype as torch names it, shape, bytes [n] uint8), overwritten by the next merge.
+    Statistics are gathered for all merges in one reading; then every merge reads the inputs once.
+    """
+    inputs, place = open_for(recipes, base, experts, dtype), Device("cpu", threads)
+    with_base = inputs.base is not None and any(r.needs_base for r in recipes)
+    layout = plan_layout([(i.name, _out_dtype(i, dtype), i.shape) for i in map(inputs.info, inputs.merged)], 1 << 62)
+    memory = np.empty(layout.bytes, np.uint8)  # as the one file would lie
+    size = {n: ITEM_BYTES[layout.dtypes[n]] * math.prod(inputs.info(n).shape) for n in inputs.merged}
+    merged = {n: memory[at : at + size[n]] for n, (_, at) in layout.place.items()}
+    torchs = {safetensors: name for name, safetensors in DTYPES.items()}
+    with small_footprint(inputs):
+        whole = whole_statistics(inputs, recipes, with_base, place)
+        found = []
+        for batch in batches(inputs, inputs.merged):
+            tensors = as_tensors(inputs, batch, with_base)
+            found.append((tensors, batch_statistics(inputs, tensors, recipes, whole, place)))
+    for i, chosen in enumerate(recipes):
+        with small_footprint(inputs):
+            for tensors, statistics in found:
+                dtypes = np.array([CODES[layout.dtypes[n]] for n in tensors.names], np.int32)
+                if i not in statistics:
+                    for name, code in zip(tensors.names, dtypes.tolist()):
+                        merged[name][:] = _spectral(inputs, chosen, name, code).reshape(-1).view(np.uint8)
+                    continue
+                report = passes.apply(
+                    tensors if chosen.needs_base else tensors.without_base(),
+                    chosen,
+                    statistics[i],
+                    out_dtype=dtypes,
+                    addresses=np.array([merged[n].ctypes.data for n in tensors.names], np.uint64),
+                    device=place,
+                )
+                _check_overflow(tensors, report, layout)
+        yield {n: (torchs[layout.dtypes[n]], inputs.info(n).shape, data) for n, data in merged.items()}
+    for checkpoint in inputs.all:
+        checkpoint.check_unchanged()
+
+
 def merge_many(
     base: str | os.PathLike | None,
     experts: Sequence[str | os.PathLike],
@@ -765,15 +847,7 @@ def merge_many(
 ) -> list[dict[str, Any]]:
     """Several merges of the same models in one reading. InputError: nothing is written, unfinished folders are
     removed."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if base is None and any(r.needs_base for r, _ in wanted):
-        raise InputError(f"--base is needed by {next(r.method for r, _ in wanted if r.needs_base)}")
-    inputs = open_inputs(base, experts)
-    numbers = [int(m.group(1)) for n in inputs.merged if (m := re.search(r"layers\.(\d+)\.", n))]
-    for chosen, _ in wanted:
-        if chosen.per_tensor is not None and hasattr(chosen.per_tensor, "layers"):
-            chosen.per_tensor.layers["last"] = max(numbers, default=0)
+    inputs = open_for([r for r, _ in wanted], base, experts, dtype)
     outputs: list[Output] = []
     try:
         for chosen, folder in wanted:
@@ -863,7 +937,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score every combination of --method, --density and --lambda; keep the best",
     )
-    p.add_argument("--evaluate", nargs="+", default=[], help="--sweep: what to score on (default: the five domains)")
+    p.add_argument("--evaluate", nargs="+", default=[], help="--sweep: benchmarks (default: math code science if)")
+    p.add_argument("--engine", choices=("native", "vllm"), default="native", help="--sweep: what takes every merge")
     p.add_argument("--k", type=int, default=8, help="--sweep: samples per problem")
     return p
 
@@ -926,6 +1001,7 @@ def run(args: argparse.Namespace) -> None:
             options=options,
             evaluate=args.evaluate,
             k=args.k,
+            engine=args.engine,
             **shared,
         )
         return

@@ -1,9 +1,9 @@
 """`python -m m2rl.merge --sweep`: merge every combination of method, density and lambda, score each, keep the best.
 
-All merges share one reading of the inputs and one statistics pass (a threshold selection serves every density, lambda
-costs nothing);
-each is scored with Avg@K, and the best (highest mean over domains) becomes `--out`, with the table and the plot
-beside it.
+All merges share one statistics pass (a threshold selection serves every density, lambda costs nothing). Each goes from
+memory straight into the weights of one live engine, which scores it with Avg@K; only the best (highest mean over
+domains) is written, as `--out`, with the table and the plot beside it. A `score` of your own gets folders instead: then
+every merge is on disk while the sweep lasts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2rl_kernels.merge_passes import METHODS, Recipe, recipe
 
 from m2rl import merge as merging
-from m2rl.types import DOMAINS, InputError
+from m2rl.domains.procedural import DOMAINS
+from m2rl.types import InputError
+
+if TYPE_CHECKING:
+    from m2rl.evaluate import Evaluator
 
 Domain = tuple[float, float]  # Avg@K, half width of its 95 % interval
 Score = Callable[[Path], Mapping[str, Domain]]  # folder of a merged model -> domain -> score
@@ -69,37 +73,31 @@ def sweep(
     lambdas: Sequence[float],
     options: Mapping[str, Any],
     score: Score | None = None,
+    evaluator: Evaluator | None = None,
     evaluate: Sequence[str] = (),
     k: int = 8,
+    engine: str = "native",
     **shared: Any,
 ) -> list[Row]:
     """Merge, score, keep the best as `out`. Returns the rows, best first.
 
-    score: any function of a model folder; default Avg@K (`k` samples per problem) of m2rl.evaluate on the benchmarks
-    named in `evaluate`.
+    evaluator: a live one whose engine takes every merge; default one on `engine`, "native" or "vllm". evaluate: the
+    benchmarks it scores on, `k` samples per problem; default the generated problems of four domains. score: any
+    function of a model folder, in the evaluator's place. shared: as of `merge.merge_many`.
     """
     out = out.absolute()
     if out.exists() and any(out.iterdir()) and not shared.get("overwrite"):
         raise InputError(f"{out} exists and is not empty: choose another --out, or pass --overwrite")
     recipes = grid(methods, densities, lambdas, len(experts), options)
     work = out.with_name(f".{out.name}.sweep")
-    done = {label: chosen for label, chosen in recipes.items() if shared.get("resume") and (work / label).is_dir()}
-    todo = [(chosen, work / label) for label, chosen in recipes.items() if label not in done]
-    inputs = merging.open_inputs(base, experts)
-    need = sum(inputs.info(n).size for n in inputs.merged) * len(todo)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(work.parent).free
-    if free < need:
-        raise InputError(
-            f"{work.parent} has {free / 1e9:.2f} GB free, "
-            f"the {len(todo)} merges of the sweep need about {need / 1e9:.2f} GB"
-        )
-    if todo:
-        merging.merge_many(base, experts, todo, **{**shared, "sync": False})
-    with _scorer(str(base or experts[0]), evaluate, k, score) as judge:
-        rows = [Row(label, chosen, dict(judge(work / label))) for label, chosen in recipes.items()]
+    if score is not None:
+        rows = _by_folder(base, experts, recipes, work, score, shared)
+    else:
+        rows = _by_engine(base, experts, recipes, work, evaluator, list(evaluate) or list(DOMAINS), k, engine, shared)
     rows.sort(key=lambda row: -row.mean)
     best = work / rows[0].label
+    if not best.is_dir():
+        merging.merge_many(base, experts, [(rows[0].recipe, best)], **{**shared, "sync": False})
     (best / "sweep.json").write_text(
         json.dumps(
             [{"label": r.label, "recipe": r.recipe.describe(), "mean": r.mean, "scores": r.scores} for r in rows],
@@ -120,21 +118,75 @@ def sweep(
     return rows
 
 
-@contextlib.contextmanager
-def _scorer(model: str, evaluate: Sequence[str], k: int, score: Score | None) -> Iterator[Score]:
-    """The given score, or one evaluator for all merges."""
-    if score is not None:
-        yield score
-        return
-    from m2rl.evaluate import Evaluator
+def _by_folder(
+    base: str | None,
+    experts: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    work: Path,
+    score: Score,
+    shared: Mapping[str, Any],
+) -> list[Row]:
+    """Every merge on disk, in one reading of the inputs; then each folder is scored."""
+    done = {label for label in recipes if shared.get("resume") and (work / label).is_dir()}
+    todo = [(chosen, work / label) for label, chosen in recipes.items() if label not in done]
+    inputs = merging.open_inputs(base, experts)
+    need = sum(inputs.info(n).size for n in inputs.merged) * len(todo)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work.parent).free
+    if free < need:
+        raise InputError(
+            f"{work.parent} has {free / 1e9:.2f} GB free, "
+            f"the {len(todo)} merges of the sweep need about {need / 1e9:.2f} GB"
+        )
+    if todo:
+        merging.merge_many(base, experts, todo, **{**shared, "sync": False})
+    return [Row(label, chosen, dict(score(work / label))) for label, chosen in recipes.items()]
 
-    with Evaluator(model) as evaluator:
 
-        def judge(folder: Path) -> dict[str, Domain]:
-            found = evaluator.score(folder, list(evaluate) or DOMAINS, k=k)
-            return {name: (s.avg_at_k, (s.ci95[1] - s.ci95[0]) / 2) for name, s in found.items()}
+def _by_engine(
+    base: str | None,
+    experts: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    work: Path,
+    evaluator: Evaluator | None,
+    evaluate: Sequence[str],
+    k: int,
+    engine: str,
+    shared: Mapping[str, Any],
+) -> list[Row]:
+    """Every merge in memory, taken by the engine and scored; what is scored is kept for `resume`."""
+    import torch
 
-        yield judge
+    from m2rl.evaluate import Evaluator, evaluation_config
+
+    asked = {"base": str(base), "experts": list(map(str, experts)), "evaluate": list(evaluate), "k": k}
+    log, known = work / "scores.jsonl", {}
+    if shared.get("resume") and log.is_file():
+        first, *lines = map(json.loads, log.read_text().splitlines())
+        known = {line["label"]: line["scores"] for line in lines} if first == asked else {}
+    work.mkdir(parents=True, exist_ok=True)
+    rows = [Row(label, recipes[label], known[label]) for label in recipes if label in known]
+    todo = {label: chosen for label, chosen in recipes.items() if label not in known}
+    lines = [asked, *({"label": r.label, "scores": r.scores} for r in rows)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    merges = merging.in_memory(
+        base, experts, list(todo.values()), dtype=shared.get("dtype"), threads=shared.get("threads", 0)
+    )
+    with contextlib.ExitStack() as stack, open(log, "a") as file:
+        for label, merged in zip(todo, merges):
+            if evaluator is None:  # after the first merge: what is wrong with the inputs shows before an engine starts
+                config = evaluation_config(evaluate, engine=engine)
+                evaluator = stack.enter_context(Evaluator(str(base or experts[0]), config))
+            weights = {
+                name: torch.from_numpy(data).view(getattr(torch, dtype)).view(shape)
+                for name, (dtype, shape, data) in merged.items()
+            }
+            found = evaluator.score(weights, list(evaluate), k=k)
+            scores = {name: (s.avg_at_k, (s.ci95[1] - s.ci95[0]) / 2) for name, s in found.items()}
+            file.write(json.dumps({"label": label, "scores": scores}) + "\n")
+            file.flush()
+            rows.append(Row(label, todo[label], scores))
+    return rows
 
 
 def table(rows: Sequence[Row]) -> str:

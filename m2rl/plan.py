@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwe
 
 from m2rl import embedded
 from m2rl.config import Config, to_toml
+from m2rl.rollout.memory import kv_bytes_per_token
 
 # Published shapes, so that a plan needs neither the network nor the weights.
 QWEN3_SHAPES = {  # hidden, layers, heads, kv heads, ff, tied
@@ -87,19 +88,14 @@ def memory_rows(config: Config, shape: PretrainedConfig, parameters: int, world:
             "KV cache" + (", all sequences at full length" if r.engine == "native" else ""): float(cache),
         },
     }
+    if r.engine == "vllm" and shards > 1:  # SyncPlan's: two buckets, each a shard and the whole
+        bucket = max(256 * 2**20, low * shape.vocab_size * hidden)
+        rows["rollout"]["weight sync, two buckets"] = 2 * (1 + 1 / shards) * bucket
     if r.engine == "native":  # nothing of it sleeps
         rows["train"] |= {"engine weights": rows["rollout"]["engine weights"], "KV cache": float(cache)}
     if config.algorithm == "sft":
         del rows["rollout"]
     return rows
-
-
-def kv_bytes_per_token(config: Config, shape: PretrainedConfig) -> int:
-    """Of one engine rank."""
-    low = 2 if config.model.compute_dtype == "bfloat16" else 4
-    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return 2 * max(kv_heads // config.rollout.tensor_parallel, 1) * head * shape.num_hidden_layers * low
 
 
 def memory_table(config: Config, shape: PretrainedConfig, parameters: int, world: int) -> Table:

@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, device: torch.device, stopping: Stopping) -> int:
     """Run one config to its end, its warm start first; returns the exit status."""
     start = time.perf_counter()
+    if config.rollout.engine == "vllm" and config.algorithm != "sft":
+        from m2rl.rollout.vllm import check_version
+
+        check_version()  # before minutes of warm start or of loading a model
     display = metrics.Display(checkpoint.rank() == 0)
     wall: dict[str, float] = {}
     if config.warm_start:

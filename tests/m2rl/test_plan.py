@@ -21,6 +21,13 @@ def test_rollout_of_4b_on_one_gpu():
     assert kv_bytes_per_token(VLLM, QWEN3_4B) == 2 * 8 * 128 * 36 * 2
 
 
+def test_weights_that_are_gathered_need_two_buckets():
+    """The embedding is larger than a bucket of 256 MiB, so a bucket is its size."""
+    rows = memory_rows(VLLM, QWEN3_4B, PARAMETERS, 8)["rollout"]
+    assert rows["weight sync, two buckets"] == 2 * (1 + 1 / 8) * 2 * 151936 * 2560
+    assert rows["fp32 master"] == 4 * PARAMETERS / 8 and rows["engine weights"] == 2 * PARAMETERS
+
+
 def test_parked_moments_and_tensor_parallelism_take_less():
     rollout = dataclasses.replace(VLLM.rollout, park_optimizer=True, tensor_parallel=2)
     config = dataclasses.replace(VLLM, rollout=rollout)

@@ -3,14 +3,24 @@
 vLLM's CPU build packs every matrix after loading; that is switched off here, by replacing the function that does it.
 """
 
+import dataclasses
+import os
+import shutil
+
 import pytest
 import served
 import torch
+from safetensors.torch import load_file, save_file
 from served import CLOSE, CONFIG, CPU, END, perturb, requests, restore, worst
 
+from m2rl import merge_sweep
+from m2rl.evaluate import Evaluator
 from m2rl.rollout.engine import generate
 
 pytestmark = served.needs_vllm
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a shell may say so; the engine stays in this process all the same
+FILE = "model.safetensors"
+LABELS = ["task_arithmetic-lambda0.5", "task_arithmetic-lambda1"]
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +165,50 @@ def test_unmapped_weights_are_errors_with_names(one):
     engine, policy = one
     weights = dict(policy.model.named_parameters())
     gone = weights.pop("model.layers.1.self_attn.k_proj.weight")
-    engine.plans.clear()
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.k_proj.weight, which no source has"):
-        engine.load(weights, 60)
-    with pytest.raises(ValueError, match=r"source extra .* has no target"):
-        engine.load(weights | {"model.layers.1.self_attn.k_proj.weight": gone, "extra": gone}, 60)
+    whole = weights | {"model.layers.1.self_attn.k_proj.weight": gone}
+    for wrong, before, after in (
+        (weights, r"layers.1.self_attn.k_proj.weight, which no source has", r"got none for .*k_proj.weight"),
+        (whole | {"extra": gone}, r"source extra .* has no target", r"got extra besides"),
+    ):
+        engine.plans.clear()
+        with pytest.raises(ValueError, match=before):  # while the plan is made
+            engine.load(wrong, 60)
+        engine.load(whole, 60)
+        with pytest.raises(ValueError, match=after):  # and with the plan at hand
+            engine.load(wrong, 60)
     engine.sync(policy, 61)
+
+
+def test_a_sweeps_merges_are_written_into_the_live_engine(embedded_folder, tmp_path):
+    """From memory through the plan into vLLM's fused parameters: addresses stay, only the best reaches the disk."""
+    folders = [tmp_path / "e0", tmp_path / "e1"]
+    for k, folder in enumerate(folders):
+        shutil.copytree(embedded_folder, folder)
+        g = torch.Generator().manual_seed(k)
+        tuned = {n: x + 0.05 * torch.randn(x.shape, generator=g) for n, x in load_file(folder / FILE).items()}
+        save_file(tuned, folder / FILE, metadata={"format": "pt"})
+    rollout = dataclasses.replace(CONFIG.rollout, max_new_tokens=8)
+    with served.unpacked():
+        evaluator = Evaluator(embedded_folder, dataclasses.replace(CONFIG, rollout=rollout))
+    engine, seen, score = evaluator.engine, [], evaluator.score
+
+    def watched(weights, *args, **kwargs):
+        found = score(weights, *args, **kwargs)
+        held = dict(engine.model.named_parameters())["model.layers.0.mlp.gate_up_proj.weight"]
+        seen.append((held.data_ptr(), held.clone(), list(tmp_path.glob(f".out.sweep/**/{FILE}"))))
+        return found
+
+    evaluator.score = watched
+    rows = merge_sweep.sweep(
+        str(embedded_folder), list(map(str, folders)), tmp_path / "out", methods=["task_arithmetic"], densities=[1.0],
+        lambdas=[0.5, 1.0], options={}, evaluator=evaluator, evaluate=["math"], k=1,
+    )  # fmt: skip
+    assert engine.route == "in place" and len(rows) == len(seen) == 2
+    assert len({at for at, _, _ in seen}) == 1 and [on_disk for _, _, on_disk in seen] == [[], []]
+    best = load_file(tmp_path / "out" / FILE)
+    fused = torch.cat([best[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up")])
+    assert [torch.equal(held, fused) for _, held, _ in seen] == [r == rows[0].label for r in LABELS]
+    evaluator.close()
 
 
 def test_whole_tensors_of_another_dtype_load_as_they_are_rounded(one):

