@@ -147,7 +147,9 @@ _WITH_UNIT = re.compile(r"(.*[0-9})])(?:\s|\\ |\\,|~){1,3}([A-Za-z][A-Za-z. /^0-
 @functools.lru_cache(8192)
 def plain(text: str) -> str:
     """An answer in the one spelling of the many that are compared: Unicode as LaTeX, no wrapper, no unit in words."""
-    text = _LEAD.sub("", text.translate(_UNICODE), count=1) if text[:1] in "tTaA\\" else text.translate(_UNICODE)
+    text = text.translate(_UNICODE)
+    if lead := _LEAD.match(text):
+        text = text[lead.end() :]
     while wrapped := _WRAPPED.match(text):
         text = wrapped.group(1).strip()
     text = re.sub(r"√\s?([0-9]+|[a-zA-Z]|\(([^()]*)\))", lambda m: rf"\sqrt{{{m.group(2) or m.group(1)}}}", text)

@@ -227,10 +227,8 @@ def opener(real):
 
 def call_all(code, space, name, arguments):
     exec(code, space)
-    if name in space:
-        function = space[name]
-    else:
-        function = getattr(space["Solution"](), name)
+    method = hasattr(space.get("Solution"), name)  # first: the prelude has functions of common names, as re.search
+    function = getattr(space["Solution"](), name) if method else space[name]
     for args in arguments:
         line = json.dumps({"output": function(*args)}, default=plain).encode() + b"\n"
         while line:

@@ -208,6 +208,7 @@ def test_a_wrong_answer_before_an_endless_call_is_wrong_not_timeout():
             [[[1, 2], 3]],
             [9],
         ),
+        ("class Solution:\n    def f(self, x): return x + 1\ndef f(x): return x", [[1]], [2]),
         ("def f(x): return (x, [x, (x,)])", [[1]], [[1, [1, [1]]]]),
         ("def f(x): return {x: x}", [[1]], [{"1": 1}]),
         ("def f(x): return x / 2", [[1]], [0.5]),
@@ -222,6 +223,12 @@ def test_calls_of_a_function_or_method(source, inputs, outputs):
     spec = {"tests": {"fn_name": "f", "inputs": inputs, "outputs": outputs}}
     check_spec("code", spec)
     assert reward(source, spec).reward == 1, reward(source, spec)
+
+
+@pytest.mark.parametrize("name", ["search", "insert", "permutations", "product", "gcd", "add", "pow", "load"])
+def test_a_method_may_have_the_name_of_a_library_function(name):
+    spec = {"tests": {"fn_name": name, "inputs": [[[4, 5], 5]], "outputs": [1]}}
+    assert reward(f"class Solution:\n    def {name}(self, nums, x): return nums.index(x)", spec).reward == 1
 
 
 @pytest.mark.parametrize(

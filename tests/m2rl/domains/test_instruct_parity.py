@@ -1,7 +1,8 @@
 """Our IFEval and IFBench verdicts against the reference checkers' own, on 250 generated responses per id.
 
 The references are lm-eval's copy of IFEval (`pip install --no-deps lm-eval`, and nltk, langdetect, absl-py,
-immutabledict) and allenai/IFBench (its `ifbench` package, and emoji, syllapy). Skipped where they are not installed; an
+immutabledict), allenai/IFBench (its `ifbench` package, and emoji, syllapy) and allenai/open-instruct (its folder
+open_instruct/IFEvalG on the path). Skipped where they are not installed; an
 environment of their own without torch runs it with `pytest --noconftest -o addopts= --import-mode=importlib`. Both
 sides split sentences with the same model and count the same stop words: NLTK's own are downloads.
 """
@@ -103,6 +104,24 @@ IFBENCH_DIFFERENCES = {
     ),
     "custom:csv_special_character": ("the reference does not look past the special character", always),
     "custom:csv_quotes": ("the reference does not look inside a field", always),
+}
+
+# Where the sentence in the prompt is our rule and the reference's code another, see constraints_open.
+OPEN_DIFFERENCES = {
+    "count:count_unique": ("punctuation is a word to the reference", always),
+    "count:counting_composition": ("punctuation is a word to the reference", always),
+    "keywords:keyword_specific_position": ("punctuation is a word to the reference", always),
+    "keywords:start_end": ("punctuation is a word to the reference", always),
+    "first_word:first_word_answer": ("the reference compares a word with its comma", always),
+    "first_word:first_word_sent": ("the reference compares a word with its comma", always),
+    "last_word:last_word_answer": ("the reference drops marks inside a word", always),
+    "last_word:last_word_sent": ("the reference drops marks inside a word", always),
+    "new:copy_span_idx": ("the reference leaves out the end of the span", always),
+    "keywords:exclude_word_harder": ("the reference looks between two spaces only", always),
+    "keywords:palindrome": ("a lone letter is a palindrome to the reference", always),
+    "keywords:no_adjacent_consecutive": ("a lone word satisfies the reference", always),
+    "detectable_format:bigram_wrapping": ("a lone word satisfies the reference", always),
+    "detectable_format:sentence_hyphens": ("a lone sentence satisfies the reference", always),
 }
 
 
@@ -258,3 +277,13 @@ def test_ifbench_agrees_with_ifbench(offline_nltk):
     found, compared = disagreements(cases_of("test_instruct_ifbench"), ifbench.INSTRUCTION_DICT, IFBENCH_DIFFERENCES)
     assert not found, "\n".join(map(repr, found))
     assert compared > 57 * RESPONSES_PER_ID
+
+
+def test_open_instruct_agrees_with_open_instruct(offline_nltk):
+    reference = pytest.importorskip(
+        "open_instruct.IFEvalG.instructions_registry", exc_type=ImportError
+    ).INSTRUCTION_DICT
+    assert reference.keys() <= CONSTRAINTS.keys()
+    found, compared = disagreements(cases_of("test_instruct_open"), reference, OPEN_DIFFERENCES)
+    assert not found, "\n".join(map(repr, found))
+    assert compared > 28 * RESPONSES_PER_ID * 0.99
