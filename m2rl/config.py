@@ -38,7 +38,8 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     train: tuple[str, ...] = ("procedural",)
-    """JSONL or parquet files (globs allowed), or "procedural": generated problems that never run out."""
+    """JSONL or parquet files (globs allowed), on the hub as hub:OWNER/NAME or hub:OWNER/NAME/GLOB[@REVISION], or
+    "procedural": generated problems that never run out."""
     eval: tuple[str, ...] = ()
     """Held-out problems in the same formats; "procedural" for the generated ones. Empty = no evaluation."""
     default_domain: str = ""

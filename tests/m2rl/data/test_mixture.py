@@ -9,7 +9,7 @@ from m2rl import embedded
 from m2rl.config import Config, Domain, Rollout
 from m2rl.data import load_sources
 from m2rl.data.mixture import surely_short
-from m2rl.data.rows import Shelf, normalise
+from m2rl.data.rows import Shelf, files, normalise
 from m2rl.types import InputError
 
 TOKENIZER = embedded.build_tokenizer()
@@ -65,3 +65,25 @@ def test_a_shelf_of_parquet_rows_keeps_their_json():
     shelf = Shelf()
     shelf.add("unused", -1, {"a": [1, None]})
     assert len(shelf) == 1 and shelf[0] == {"a": [1, None]}
+
+
+def test_hub_addresses_are_files_too(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    write(tmp_path / "train.jsonl", [{"domain": "math", "prompt": "1+1?", "answer": "2"}])
+
+    def listed(self, repo, *, revision, **_):
+        asked.append((repo, revision))
+        return ["README.md", "train.jsonl", "more/x.jsonl", "default/train/0000.parquet", "default/test/0000.parquet"]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: str(tmp_path / name))
+    loaded = load_sources(["hub:a/b/train.jsonl@c0ffee"], Config(), TOKENIZER, verifiable=True)
+    assert loaded.sources["math"].prompt(0).spec["answer"] == "2"
+    assert files(["hub:a/b"]) == [tmp_path / "default/train/0000.parquet"]
+    assert asked == [("a/b", "c0ffee"), ("a/b", "refs/convert/parquet")]
+    with pytest.raises(InputError, match=r"dataset a/b lacks the files that are needed at main; or give a local file"):
+        files(["hub:a/b/nothing*"])
+    with pytest.raises(InputError, match=r"data: hub:a: must be hub:OWNER/NAME"):
+        files(["hub:a"])
