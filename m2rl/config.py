@@ -179,7 +179,7 @@ class Evaluation:
     k: int = 8
     """Samples per problem: Avg@K."""
     problems: int = 160
-    """Problems per domain, at most."""
+    """Problems per domain, or per benchmark where rows name theirs, at most."""
     every: int = 0
     """Steps between evaluations during training; before and after are always run. 0 = only those."""
     temperature: float = 1.0
