@@ -287,9 +287,15 @@ def quotas(domains: Sequence[Domain], sources: Mapping[str, Source], total: int)
     options = {d.name: d for d in domains} or {name: Domain(name) for name in sources}
     fixed = {n: d.quota for n, d in options.items() if d.quota}
     rest = total - sum(fixed.values())
-    free = {n: d.weight or float(sources[n].size or 1) for n, d in options.items() if not d.quota}
+    free = {n: float(sources[n].size or 1) for n, d in options.items() if not d.quota}
     if any(d.weight for d in options.values()):
         free = {n: options[n].weight for n in free}
+    elif len({sources[n].size is None for n in free}) > 1:
+        endless = next(n for n in free if sources[n].size is None)
+        raise InputError(
+            f"domain {endless} never runs out, so its share cannot follow the number of rows: give every [[domain]] a "
+            "weight or a quota"
+        )
     mass = sum(free.values())
     share = {n: rest * w / mass for n, w in free.items()} if mass else {}
     out = fixed | {n: int(s) for n, s in share.items()}
