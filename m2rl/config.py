@@ -39,7 +39,8 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     train: tuple[str, ...] = ("procedural",)
-    """JSONL or parquet files (globs allowed), or "procedural": generated problems that never run out."""
+    """JSONL or parquet files (globs allowed), on the hub as hub:OWNER/NAME or hub:OWNER/NAME/GLOB[@REVISION], or
+    "procedural": generated problems that never run out."""
     eval: tuple[str, ...] = ()
     """Held-out problems in the same formats; "procedural" for the generated ones. Empty = no evaluation."""
     default_domain: str = ""
@@ -189,7 +190,7 @@ class Evaluation:
     k: int = 8
     """Samples per problem: Avg@K."""
     problems: int = 160
-    """Problems per domain, at most."""
+    """Problems per domain, or per benchmark where rows name theirs, at most."""
     every: int = 0
     """Steps between evaluations during training; before and after are always run. 0 = only those."""
     temperature: float = 1.0

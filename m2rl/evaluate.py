@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -355,6 +356,8 @@ def check_options(o: argparse.Namespace, wanted: Sequence[str]) -> None:
             benchmarks.unknown(name)
     if not wanted:
         raise InputError("--benchmarks names none")
+    if twice := next((m for i, m in enumerate(o.model) if m in o.model[:i]), None):
+        raise InputError(f"--model {twice} is given twice")
     if o.k < 0 or o.limit < 0 or o.max_new_tokens < 0:
         raise InputError("--k, --limit and --max-new-tokens must not be negative")
     o.files = {}
@@ -489,12 +492,14 @@ def line(s: Score) -> str:
 
 
 def model_name(model: str, taken: Mapping[str, Any]) -> str:
-    """A short name of a model that no other has: the last part of its path, more of it where that is taken."""
-    parts = [p for p in model.split("/") if p not in ("", ".", "..")]
-    for n in range(1, len(parts) + 1):
+    """A short name that no other model has: the last part of its path, more of it where that is taken or says nothing;
+    of a folder in the hub's cache the repository's."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", model)
+    parts = list(cached.groups()) if cached else [p for p in model.split("/") if p not in ("", ".", "..")]
+    for n in range(2 if parts[-1] == "model" and len(parts) > 1 else 1, len(parts) + 1):
         if (name := "-".join(parts[-n:])) not in taken:
             return name
-    raise InputError(f"--model {model} is given twice")
+    return next(name for i in itertools.count(2) if (name := f"{parts[-1]}-{i}") not in taken)
 
 
 def architecture_key(model: str) -> str:

@@ -42,12 +42,9 @@ RELEASED = ("SFT", "RL_Math", "RL_Coding", "RL_Science", "RL_IF", "RL_Multi")
 
 
 def released(model: str) -> str | None:
-    """The released checkpoint that a folder, a hub id or a folder of the hub's cache names, e.g. "x/RL_Math",
-    "m2rl-rl-math" or ".../models--x--RL_Math/snapshots/<commit>"; None for others."""
-    parts = [part for part in re.split(r"[/\\]", model) if part]
-    cached = [part for part in parts if part.startswith("models--")]
-    last = cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else ""
-    key = re.sub(r"[^a-z0-9]", "", last.lower()).removeprefix("m2rl")
+    """The released checkpoint that a folder or hub id names, e.g. "x/RL_Math" or "m2rl-rl-math"; None for others."""
+    last = [part for part in re.split(r"[/\\]", model) if part][-1:]
+    key = re.sub(r"[^a-z0-9]", "", last[0].lower()).removeprefix("m2rl") if last else ""
     return next((name for name in RELEASED if key == re.sub(r"[^a-z0-9]", "", name.lower())), None)
 
 

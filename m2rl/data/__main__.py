@@ -1,21 +1,30 @@
-"""python -m m2rl.data convert|inspect: the blends as plain files, and what a file holds.
+"""The blends as plain files, and what a file of training rows holds.
 
-convert train.jsonl --out data/rl --source dapo=dapo.parquet --source skywork=skywork.parquet
-inspect data/rl/math.jsonl --against aime24=aime24.jsonl --filter data/rl/math.clean.jsonl
+python -m m2rl.data convert train.jsonl --out data/rl --source dapo=dapo.parquet --source skywork=skywork.parquet
+    the paper's RL blend -> data/rl/{math,code,science,if,agent}.jsonl; its math rows point into DAPO-Math-17k and
+    Skywork-OR1, whose files (or `hub`) --source names. Files are paths, globs or hub:OWNER/NAME/GLOB[@REVISION]
+python -m m2rl.data convert 'sft/*.jsonl' --out data/sft --domain math
+    SFT rows: reasoning content, tool calls and "-" prompts as chat templates take them
+python -m m2rl.data inspect data/rl/math.jsonl --against aime24=aime24.jsonl --filter data/rl/math.clean.jsonl
+    rows, lengths, unverifiable and trivially won rows, repeats, overlap with benchmarks, bias; the rest to a file
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from m2rl.data import blend
@@ -29,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m m2rl.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert|inspect")
     c = commands.add_parser("convert", help="the RL blend or SFT files as one plain JSONL file per domain")
-    c.add_argument("files", nargs="+", help="JSONL or parquet; globs allowed")
+    c.add_argument("files", nargs="+", help="JSONL or parquet; globs and hub:OWNER/NAME/GLOB allowed")
     c.add_argument("--out", required=True, help="folder for <domain>.jsonl and convert.json")
     c.add_argument(
         "--source",
@@ -45,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--drop-unresolved", action="store_true", help="count placeholders without a source, instead of refusing"
     )
     i = commands.add_parser("inspect", help="counts, problems and bias per domain")
-    i.add_argument("files", nargs="+", help="JSONL or parquet; globs allowed")
+    i.add_argument("files", nargs="+", help="JSONL or parquet; globs and hub:OWNER/NAME/GLOB allowed")
     i.add_argument("--domain", default="", help="domain of rows that name none")
     i.add_argument(
         "--against",
@@ -72,24 +81,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep = [k for k in options.keep.split(",") if k]
     if odd := set(keep) - set(DROPPABLE):
         raise InputError(f"--keep {','.join(sorted(odd))}: must be of {', '.join(DROPPABLE)}")
-    arguments = {
+    arguments: dict[str, Any] = {
         "default_domain": options.domain,
         "tables_dir": options.tables_dir,
         "against": benchmark_index(_pairs(options.against, "--against")),
     }
-    written = None
+    report: dict[str, DomainReport] = {}
+    findings, written = counted(examine(options.files, report, **arguments), "inspect"), None
     if options.filter:
-        report, written = filter_rows(options.files, Path(options.filter), keep=keep, **arguments)
+        written = filter_rows(findings, Path(options.filter), keep)
     else:
-        report = {}
-        for _ in examine(options.files, report, **arguments):
-            pass
+        collections.deque(findings, maxlen=0)
     if options.json:
         Path(options.json).write_text(json.dumps({d: r.as_dict() for d, r in report.items()}, indent=1) + "\n")
     print_report(report)
     if written is not None:
         print(f"{written:,} of {sum(r.rows for r in report.values()):,} rows written to {options.filter}")
     return 0
+
+
+T = TypeVar("T")
+
+
+def counted(items: Iterable[T], title: str) -> Iterator[T]:
+    """The items, counted on the terminal as they pass."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    columns = TextColumn("{task.description}  {task.completed:,} rows"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task(title, total=None)
+        for item in items:
+            bar.advance(task)
+            yield item
 
 
 def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
@@ -113,11 +137,11 @@ def convert(
     found.load(wanted)
     counts: dict[str, Counter[str]] = {"written": Counter(), "dropped": Counter()}
     out.mkdir(parents=True, exist_ok=True)
+    outputs: dict[str, TextIO] = {}
     with contextlib.ExitStack() as stack:
-        outputs: dict[str, TextIO] = {}
         for path in paths:
-            for where, record in read_records(path):
-                key = blend.placeholder(record)
+            for where, record in counted(read_records(path), f"convert {path.name}"):
+                key = blend.placeholder(record, where)
                 if drop_unresolved and key is not None and key not in found.rows:
                     counts["dropped"][f"placeholder of {key[0]} without --source"] += 1
                     continue
@@ -128,12 +152,16 @@ def convert(
                 name = str(row.get("domain") or domain)
                 if not name:
                     raise InputError(f"{where}: key domain is missing: name it with --domain")
+                if not re.fullmatch(r"[\w.-]+", name):
+                    raise InputError(f"{where}: domain {name!r} cannot name a file: letters, digits, _ . - only")
                 if name not in outputs:
+                    stack.callback(_partial(out, name).unlink, missing_ok=True)  # of a conversion that fails
                     outputs[name] = stack.enter_context(open(_partial(out, name), "w", encoding="utf-8"))
                 outputs[name].write(json.dumps({**row, "domain": name}, default=str) + "\n")
                 counts["written"][name] += 1
-    for name in outputs:
-        _partial(out, name).rename(out / f"{name}.jsonl")
+        for name, file in outputs.items():
+            file.close()
+            _partial(out, name).rename(out / f"{name}.jsonl")
     (out / "convert.json").write_text(json.dumps({"from": [str(p) for p in paths], **counts}, indent=1) + "\n")
     return counts
 
@@ -144,8 +172,8 @@ def _partial(out: Path, name: str) -> Path:
 
 def _placeholders(path: Path) -> Iterator[blend.Key]:
     # Most rows are whole: only lines that could be placeholders are parsed in this pass.
-    for _, record in read_records(path, containing=(b"_hf_placeholder", b'"-"')):
-        if key := blend.placeholder(record):
+    for where, record in read_records(path, containing=(b"_hf_placeholder", b'"-"')):
+        if key := blend.placeholder(record, where):
             yield key
 
 
@@ -184,29 +212,29 @@ def print_counts(counts: dict[str, Counter[str]], out: Path) -> None:
 
 def print_report(report: dict[str, DomainReport]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
-    table = Table(title="Rows", title_justify="left")
-    for heading in (
-        "domain",
-        "rows",
-        "prompt chars p50 / p95 / max",
-        *DROPPABLE,
-        "best constant answer",
-        "length ~ reward",
-    ):
-        table.add_column(heading, justify="left" if heading in ("domain", "best constant answer") else "right")
-    for domain, found in sorted(report.items()):
+    table = Table(title="Rows by domain", title_justify="left")
+    table.add_column("")
+    lines: dict[str, list[str]] = {}
+    domains = {d: r for d, r in sorted(report.items()) if not r.dropped}
+    for domain, found in domains.items():
+        table.add_column(domain, justify="right")
         d: dict[str, Any] = found.as_dict()
         chars, constant, rho = d["prompt_chars"], d["best_constant"], d["length_reward_spearman"]
-        table.add_row(
-            domain,
-            f"{found.rows:,}",
-            f"{chars['median']:.0f} / {chars['p95']:.0f} / {chars['max']}",
-            *(f"{sum(found.problems.get(kind, Counter()).values()):,}" for kind in DROPPABLE),
-            f"{constant['answer'][:24]} {100 * constant['score']:.1f}%" if constant["answer"] else "-",
-            "-" if rho is None else f"{rho:+.2f}",
-        )
+        cells = {"rows": f"{found.rows:,}"}
+        cells |= {f"chars, {name}": f"{chars[name]:,.0f}" for name in ("median", "p95", "max")}
+        cells |= {kind: f"{sum(found.problems.get(kind, Counter()).values()):,}" for kind in DROPPABLE}
+        cells["best constant"] = constant["answer"][:24] or "-"
+        cells["its score"] = f"{100 * constant['score']:.1f}%" if constant["answer"] else "-"
+        cells["length ~ reward"] = "-" if rho is None else f"{rho:+.2f}"
+        for name, text in cells.items():
+            lines.setdefault(name, []).append(text)
+    for name, texts in lines.items():
+        table.add_row(name, *(escape(text) for text in texts))
     console.print(table)
-    for domain, found in sorted(report.items()):
+    for reason, left in report.items():
+        if left.dropped:
+            console.print(f"dropped: {left.rows:,} x {reason}", markup=False)
+    for domain, found in domains.items():
         if found.labels and len(found.labels) <= 26:
             shares = (f"{label} {100 * n / found.rows:.1f}%" for label, n in sorted(found.labels.items()))
             console.print(f"{domain} labels: {', '.join(shares)}", markup=False)

@@ -48,6 +48,17 @@ _DAPO_HEAD, _DAPO_TAIL = (
     "\n\nRemember to put your answer on its own line",
 )
 
+NESTED = (  # keys that some conversions hold as JSON text
+    "responses_create_params",
+    "agent_ref",
+    "options",
+    "template_metadata",
+    "instruction_id_list",
+    "kwargs",
+    "verifier_metadata",
+    "ground_truth",
+    "_hf_placeholder",
+)
 Key = tuple[str, int]  # source ("dapo", "taco/train" ...), row
 
 
@@ -114,14 +125,15 @@ def is_rl(record: Mapping[str, Any]) -> bool:
     return "responses_create_params" in record
 
 
-def placeholder(record: Mapping[str, Any]) -> Key | None:
+def placeholder(record: Mapping[str, Any], where: str) -> Key | None:
     """Where the text of a row has to come from; None if the row is whole."""
     if is_rl(record):
-        mark = record.get("_hf_placeholder")
-        mark = json.loads(mark) if isinstance(mark, str) and mark else mark
+        mark = _decoded(record.get("_hf_placeholder"), "_hf_placeholder", where)
         if not mark or record.get("expected_answer"):
             return None
-        return ("dapo" if "dapo" in str(record.get("dataset")) else "skywork"), int(mark["row"])
+        if not isinstance(mark, Mapping) or not isinstance(mark.get("row"), int):
+            raise InputError(f"{where}: key _hf_placeholder must be an object with a row number, got {mark!r}"[:300])
+        return ("dapo" if "dapo" in str(record.get("dataset")) else "skywork"), mark["row"]
     messages = record.get("messages")
     if (
         isinstance(messages, list)
@@ -130,16 +142,23 @@ def placeholder(record: Mapping[str, Any]) -> Key | None:
     ):
         name = str(record.get("dataset")).lower()
         source = next((s for s in SFT_SOURCES if s in name), name)
-        return f"{source}/{record.get('split')}", int(record["index"])
+        try:
+            return f"{source}/{record.get('split')}", int(record["index"])
+        except (ValueError, TypeError):
+            raise InputError(f"{where}: key index must be a row number, got {record['index']!r}") from None
     return None
 
 
 def plain(record: Mapping[str, Any], where: str, sources: Sources | None = None) -> Mapping[str, Any] | str:
     """The row in the plain schema, or the reason why it has to be left out; a plain row as it is."""
-    if is_rl(record):
-        return _rl(record, where, sources or Sources({}))
-    if isinstance(record.get("messages"), list):
-        return _sft(record, where, sources or Sources({}))
+    try:
+        if is_rl(record):
+            record = {k: _decoded(v, k, where) if k in NESTED else v for k, v in record.items()}
+            return _rl(record, where, sources or Sources({}))
+        if isinstance(record.get("messages"), list):
+            return _sft(record, where, sources or Sources({}))
+    except (AttributeError, KeyError, TypeError) as error:  # some value is not of the kind that its schema says
+        raise InputError(f"{where}: not a row of the blend: {type(error).__name__}: {error}") from None
     return record
 
 
@@ -160,6 +179,8 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
     if domain is None:
         return "structured_outputs (no verifier)"
     parameters = record["responses_create_params"] or {}
+    if not isinstance(parameters.get("input") or [], list):
+        raise InputError(f"{where}: responses_create_params.input must be a list of {{role, content}} messages")
     messages = [
         {"role": "system" if m["role"] == "developer" else m["role"], "content": _text(m.get("content"))}
         for m in parameters.get("input") or ()
@@ -171,10 +192,9 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
             break
     if domain == "math":
         answer: Any = record.get("expected_answer")
-        if source := placeholder(record):
-            mark = record["_hf_placeholder"]
-            mark = json.loads(mark) if isinstance(mark, str) else mark
-            question, answer = _restore(sources.get(source, where), mark.get("question_template"), source, where)
+        if source := placeholder(record, where):
+            template = record["_hf_placeholder"].get("question_template")
+            question, answer = _restore(sources.get(source, where), template, source, where)
             messages = [m for m in messages if m["role"] == "system"] + [{"role": "user", "content": question}]
             out["id"] = f"{source[0]}-{source[1]}"
         answer = _first(answer)
@@ -185,7 +205,9 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
         tests = (record.get("verifier_metadata") or {}).get("unit_tests") or {}
         out["tests"] = {k: tests[k] for k in ("inputs", "outputs", "fn_name") if tests.get(k) is not None}
     elif domain == "science":
-        options = {k: v for option in record.get("options") or () for k, v in option.items() if v is not None}
+        options = record.get("options") or ()
+        options = [options] if isinstance(options, Mapping) else options
+        options = {k: v for option in options for k, v in option.items() if v is not None}
         out |= {"answer": record.get("expected_answer"), "options": options}
         if pattern := (record.get("template_metadata") or {}).get("output_regex"):
             out["output_regex"] = pattern
@@ -195,13 +217,14 @@ def _rl(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, An
         if len(kwargs) != len(ids):
             raise InputError(f"{where}: kwargs must be as long as instruction_id_list, {len(kwargs)} and {len(ids)}")
         out["constraints"] = [
-            {"id": i, "kwargs": {k: v for k, v in (kw or {}).items() if v is not None}} for i, kw in zip(ids, kwargs)
+            {"id": i, "kwargs": {k: v for k, v in (_decoded(kw, "kwargs", where) or {}).items() if v is not None}}
+            for i, kw in zip(ids, kwargs)
         ]
         messages = messages or [{"role": "user", "content": str(record.get("prompt") or "")}]
     else:
         out |= {
-            "tools": _decoded(parameters.get("tools"), "tools", where),
-            "ground_truth": _decoded(record.get("ground_truth"), "ground_truth", where),
+            "tools": _without_nulls(_decoded(parameters.get("tools"), "tools", where)),
+            "ground_truth": record.get("ground_truth"),
         }
         out |= {k: record[k] for k in ("category",) if record.get(k) is not None}
     if not any(m["content"] for m in messages):
@@ -252,8 +275,15 @@ def _text(content: Any) -> str:
     return str(content or "")
 
 
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object the keys of all the others, as nulls; a chat template would print them."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _decoded(value: Any, key: str, where: str) -> Any:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return value
     try:
         return json.loads(value)
@@ -271,7 +301,7 @@ def _sft(record: Mapping[str, Any], where: str, sources: Sources) -> dict[str, A
             clean["tool_calls"] = _decoded(clean["tool_calls"], "tool_calls", where)
         if len(clean) > 1:  # a message of nothing but its role says nothing
             messages.append({"content": "", **clean})
-    if key := placeholder(record):
+    if key := placeholder(record, where):
         row = sources.get(key, where)
         for m in messages:
             if m["role"] == "user" and m["content"] == "-":

@@ -1,12 +1,37 @@
-"""Files of a dataset on the Hugging Face hub, through its parquet copy: no loading script runs here."""
+"""Files of a dataset on the Hugging Face hub: its own JSONL and parquet, or the hub's parquet copy of whatever it is.
+
+    hub:OWNER/NAME                  the copy, config "default", split "train"
+    hub:OWNER/NAME/GLOB[@REVISION]  files of the repository, e.g. hub:nvidia/Nemotron-3-Nano-RL-Training-Blend/*.jsonl
+
+No loading script runs here, and no `datasets` library is needed: the client comes with transformers.
+"""
 
 from __future__ import annotations
 
+import fnmatch
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from m2rl.types import InputError
 
 PARQUET_BRANCH = "refs/convert/parquet"  # the hub's own conversion: <config>/<split>/NNNN.parquet, rows in order
+
+
+PREFIX = "hub:"
+_ADDRESS = re.compile(r"hub:(?P<repo>[^/@\s]+/[^/@\s]+)(?:/(?P<glob>[^@\s]+)(?:@(?P<revision>\S+))?)?")
+
+
+def addressed(address: str) -> list[Path]:
+    """The files that an address of the form above names, downloaded into the hub's cache; InputError says what is
+    wrong."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise InputError(f"data: {address}: must be hub:OWNER/NAME or hub:OWNER/NAME/GLOB[@REVISION]")
+    pattern = found["glob"]
+    if pattern is None:
+        return dataset_files(found["repo"])
+    return _download(found["repo"], found["revision"] or "main", lambda name: fnmatch.fnmatchcase(name, pattern))
 
 
 def dataset_files(repo: str, config: str = "default", split: str = "train") -> list[Path]:
@@ -21,7 +46,7 @@ def repository_files(repo: str, *names: str) -> list[Path]:
     return _download(repo, "main", set(names).__contains__)
 
 
-def _download(repo, revision, wanted) -> list[Path]:
+def _download(repo: str, revision: str, wanted: Callable[[str], bool]) -> list[Path]:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class DomainReport:
     """What was found of one domain."""
 
     rows: int = 0
+    dropped: bool = False  # not a domain but a category without a verifier; nothing of its rows is looked at
     problems: dict[str, Counter[str]] = field(default_factory=dict)  # kind -> message, specifics left out -> rows
     examples: dict[str, str] = field(default_factory=dict)  # message -> where, of its first row
     prompt_chars: list[int] = field(default_factory=list)
@@ -114,21 +115,23 @@ def examine(
     """Every row with its problems, in order; `report` fills as they pass."""
     seen: dict[bytes, str] = {}
     world = workplace.load_world(tables_dir) if tables_dir else None
+
+    def unreadable(where: str, error: InputError, domain: str = default_domain or "?") -> Finding:
+        found = report.setdefault(domain, DomainReport())
+        found.rows += 1
+        found.note("unreadable", str(error).removeprefix(f"{where}: "), where)
+        return Finding(where, None, domain, (("unreadable", str(error)),))
+
     for path in files(patterns):
-        for where, raw in read_records(path):
+        for where, raw in read_records(path, broken=unreadable):
             try:
                 record = blend.plain(raw, where)
                 if isinstance(record, str):
-                    found = report.setdefault(record, DomainReport())
-                    found.rows += 1
+                    report.setdefault(record, DomainReport(dropped=True)).rows += 1
                     continue
                 row = normalise(record, where, default_domain)
             except InputError as error:
-                domain = str(raw.get("domain") or default_domain or "?")
-                found = report.setdefault(domain, DomainReport())
-                found.rows += 1
-                found.note("unreadable", str(error).removeprefix(f"{where}: "), where)
-                yield Finding(where, None, domain, (("unreadable", str(error)),))
+                yield unreadable(where, error, str(raw.get("domain") or default_domain or "?"))
                 continue
             found = report.setdefault(row.domain, DomainReport())
             text = prompt_text(row)
@@ -161,20 +164,17 @@ def inspect(patterns: Sequence[str], **options: Any) -> dict[str, DomainReport]:
     return report
 
 
-def filter_rows(
-    patterns: Sequence[str], out: Path, *, keep: Sequence[str] = (), **options: Any
-) -> tuple[dict[str, DomainReport], int]:
-    """Write the rows without problems (of other kinds than `keep`) as JSONL; the report, and how many were written."""
-    report: dict[str, DomainReport] = {}
+def filter_rows(findings: Iterable[Finding], out: Path, keep: Sequence[str] = ()) -> int:
+    """Write the rows without problems (of other kinds than `keep`) as JSONL, all or nothing; how many they are."""
     partial, written = out.with_name(f".{out.name}.partial"), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w", encoding="utf-8") as lines:
-        for finding in examine(patterns, report, **options):
+        for finding in findings:
             if finding.record is not None and all(kind in keep for kind, _ in finding.problems):
                 lines.write(json.dumps(finding.record, default=str) + "\n")
                 written += 1
     partial.rename(out)
-    return report, written
+    return written
 
 
 def prompt_text(row: Row) -> str:

@@ -220,9 +220,17 @@ def surely_short(row: Row, option: Domain, limit: int) -> bool:
 
 
 def load_sources(
-    patterns: Sequence[str], config: Config, tokenizer: PreTrainedTokenizerBase, *, verifiable: bool
+    patterns: Sequence[str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    verifiable: bool,
+    held_out: bool = False,
 ) -> Loaded:
-    """All rows of the files by domain, over-long prompts counted and skipped, every spec checked when `verifiable`."""
+    """All rows of the files by domain, over-long prompts counted and skipped, every spec checked when `verifiable`.
+
+    [[domain]] says which domains are wanted, and all of them have to be there; not so where rows are `held_out`.
+    """
     encoder = Encoder(tokenizer, config.domain)
     limit = config.rollout.max_prompt_tokens
     sources: dict[str, Source] = {}
@@ -236,7 +244,7 @@ def load_sources(
             sources[domain] = ProceduralSource(domain, config.seed, encoder, config.data.sloppy_scale)
     shelves: dict[str, Shelf] = {}
     skipped: Counter[str] = Counter()
-    asked = {d.name for d in config.domain}
+    asked = set() if held_out else {d.name for d in config.domain}
     if "reasoning_gym" in patterns:
         for domain in reasoning_gym_domains(config):
             sources[domain] = ReasoningGymSource(domain, config.seed, encoder)
@@ -264,7 +272,7 @@ def load_sources(
             shelves.setdefault(row.domain, Shelf()).add(path, offset, record)
     for domain, shelf in shelves.items():
         sources[domain] = FileSource(domain, shelf, encoder)
-    missing = [d.name for d in config.domain if d.name not in sources]
+    missing = sorted(asked - sources.keys())
     if missing or not sources:
         what = f"no row of domain {', '.join(missing)}" if missing else "no usable row"
         raise InputError(f"data: {what} in {', '.join(patterns)}" + (f" (skipped: {dict(skipped)})" if skipped else ""))
@@ -279,9 +287,15 @@ def quotas(domains: Sequence[Domain], sources: Mapping[str, Source], total: int)
     options = {d.name: d for d in domains} or {name: Domain(name) for name in sources}
     fixed = {n: d.quota for n, d in options.items() if d.quota}
     rest = total - sum(fixed.values())
-    free = {n: d.weight or float(sources[n].size or 1) for n, d in options.items() if not d.quota}
+    free = {n: float(sources[n].size or 1) for n, d in options.items() if not d.quota}
     if any(d.weight for d in options.values()):
         free = {n: options[n].weight for n in free}
+    elif len({sources[n].size is None for n in free}) > 1:
+        endless = next(n for n in free if sources[n].size is None)
+        raise InputError(
+            f"domain {endless} never runs out, so its share cannot follow the number of rows: give every [[domain]] a "
+            "weight or a quota"
+        )
     mass = sum(free.values())
     share = {n: rest * w / mass for n, w in free.items()} if mass else {}
     out = fixed | {n: int(s) for n, s in share.items()}
@@ -327,7 +341,8 @@ class Mixture:
 
 
 def eval_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The held-out problems: at most evaluation.problems per domain, the same ones for every model."""
+    """The held-out problems: at most evaluation.problems per domain, or per benchmark where rows name theirs, of any
+    domain, trained or not; the same ones for every model."""
     if not config.data.eval:
         return []
     encoder = Encoder(tokenizer, config.domain)
@@ -344,7 +359,14 @@ def eval_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
             out += [held_out.prompt(i) for i in range(config.evaluation.problems)]
     patterns = [p for p in config.data.eval if p not in GENERATED]
     if patterns:
-        loaded = load_sources(patterns, config, tokenizer, verifiable=True)
+        loaded = load_sources(patterns, config, tokenizer, verifiable=True, held_out=True)
+        taken = Counter[str]()
         for source in loaded.sources.values():
-            out += [source.prompt(i) for i in range(min(source.size or 0, config.evaluation.problems))]
+            assert isinstance(source, FileSource)
+            for i in range(len(source.shelf)):
+                row = source.row(i)
+                name = str(row.spec.get("benchmark", row.domain))
+                taken[name] += 1
+                if taken[name] <= config.evaluation.problems:
+                    out.append(encoder.prompt(row))
     return out

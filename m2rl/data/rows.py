@@ -11,13 +11,14 @@ import glob
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
+from m2rl.data import hub
 from m2rl.types import InputError
 
 NOT_SPEC = {"prompt", "messages", "response", "domain", "id"}
@@ -36,9 +37,13 @@ class Row:
 
 
 def files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and globs name, in sorted order per pattern; InputError for one that names none."""
+    """The files that paths, globs and hub addresses (hub.py) name, in sorted order per pattern; InputError for one that
+    names none."""
     out = []
     for pattern in patterns:
+        if pattern.startswith(hub.PREFIX):
+            out += hub.addressed(pattern)
+            continue
         found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
         if not found:
             raise InputError(f"data: no file {pattern}")
@@ -46,14 +51,21 @@ def files(patterns: Sequence[str]) -> list[Path]:
     return out
 
 
-def read_records(path: Path, containing: Sequence[bytes] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+Broken = Callable[[str, InputError], object]  # ("file:line", what is wrong with the line)
+
+
+def read_records(
+    path: Path, containing: Sequence[bytes] = (), broken: Broken | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) of a .jsonl or .parquet file, streamed. JSONL lines with none of `containing` are skipped
-    unparsed."""
-    for where, _, record in positioned_records(path, containing):
+    unparsed; one that is no JSON object goes to `broken`, or raises without it."""
+    for where, _, record in positioned_records(path, containing, broken):
         yield where, record
 
 
-def positioned_records(path: Path, containing: Sequence[bytes] = ()) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def positioned_records(
+    path: Path, containing: Sequence[bytes] = (), broken: Broken | None = None
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """("file:line", byte offset of the line or -1 for parquet, record)."""
     if path.suffix == ".parquet":
         try:
@@ -71,7 +83,12 @@ def positioned_records(path: Path, containing: Sequence[bytes] = ()) -> Iterator
     with open(path, "rb") as lines:  # bytes end lines at \n alone: U+2028 may stand inside a string
         for n, line in enumerate(lines, 1):
             if line.strip() and (not containing or any(part in line for part in containing)):
-                yield f"{path}:{n}", offset, _json(line, f"{path}:{n}")
+                try:
+                    yield f"{path}:{n}", offset, _json(line, f"{path}:{n}")
+                except InputError as error:
+                    if broken is None:
+                        raise
+                    broken(f"{path}:{n}", error)
             offset += len(line)
 
 
@@ -80,6 +97,8 @@ def _json(line: bytes, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise InputError(f"{where}: malformed JSON: nested too deeply") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text ({error})") from None
     if not isinstance(record, dict):

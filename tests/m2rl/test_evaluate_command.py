@@ -14,7 +14,7 @@ import pytest
 from commands import environment, torchrun
 
 from m2rl import embedded, published
-from m2rl.evaluate import main
+from m2rl.evaluate import main, model_name
 from m2rl.scores import Score
 from m2rl.types import InputError
 
@@ -188,6 +188,7 @@ def test_other_settings_do_not_mix_with_the_samples_of_a_folder(done, models, tm
         (["--data-file", "mth=x"], "--data-file mth=x: must be NAME=FILE"),
         (["--lcb-window", "2025"], "--lcb-window 2025: must be YYYY-MM-DD:YYYY-MM-DD"),
         (["--model", "/nowhere"], "model /nowhere: not a Hugging Face model folder or id"),
+        (["--model", "a/b", "a/b"], "--model a/b is given twice"),
         (["--k", "-1"], "must not be negative"),
         (["--benchmarks", ","], "names none"),
     ],
@@ -207,12 +208,27 @@ def test_bad_input_is_one_sentence(options, message, models, tmp_path):
         ("M2RL_RL_Multi", "RL_Multi"),
         ("RL_Math_v2", None),
         ("", None),
-        ("/cache/models--Jackwang111--RL_IF/snapshots/0f3a", "RL_IF"),
         ("runs/RL_Math/model", None),
     ],
 )
 def test_released_checkpoints_are_told_by_name(name, want):
     assert published.released(name) == want
+
+
+def test_models_have_short_names_of_their_own():
+    given = [
+        "runs/math/model",
+        "runs/code/model/",
+        "SFT",
+        "../SFT",
+        "./SFT/",
+        "x/models--j--RL_IF/snapshots/0f3a",
+        "model",
+    ]
+    names: list[str] = []
+    for path in given:
+        names.append(model_name(path, dict.fromkeys(names)))
+    assert names == ["math-model", "code-model", "SFT", "SFT-2", "SFT-3", "RL_IF", "model"]
 
 
 def test_the_published_means_are_those_of_the_paper():

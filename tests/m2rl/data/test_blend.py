@@ -107,12 +107,47 @@ def test_an_unresolved_placeholder_is_refused(rl_blend, tmp_path):
             "kwargs must be as long",
         ),
         (blend_rows.rl("stem_mcqa", "", expected_answer="A", options=[{"A": "x"}]), "holds no text"),
+        (blend_rows.rl("stem_mcqa", "hi", expected_answer="A", options=["A", "B"]), "not a row of the blend: Attrib"),
+        (blend_rows.rl("dapo17k", _hf_placeholder={"question_template": {}}), "_hf_placeholder must be an object with"),
+        (blend_rows.rl("dapo17k", _hf_placeholder="{bad"), "key _hf_placeholder is not JSON"),
+        ({**blend_rows.code_row(), "responses_create_params": {"input": "hi"}}, "input must be a list of {role"),
+        ({**blend_rows.code_row(), "responses_create_params": {"input": [{"content": "hi"}]}}, "KeyError: 'role'"),
+        ({**blend_rows.code_row(), "agent_ref": "x"}, "key agent_ref is not JSON"),
+        (
+            blend_rows.sft_row("-", dataset="taco", split="train", index=None),
+            "key index must be a row number, got None",
+        ),
+        ({"domain": "a/b", "prompt": "hi"}, "domain 'a/b' cannot name a file"),
     ],
 )
 def test_bad_rows_name_themselves(row, message, tmp_path):
     source = write(tmp_path / "dapo.jsonl", blend_rows.dapo_source(3))
-    with pytest.raises(InputError, match=message):
-        main(["convert", write(tmp_path / "t.jsonl", [row]), "--out", str(tmp_path / "o"), f"--source=dapo={source}"])
+    path = write(tmp_path / "t.jsonl", [blend_rows.science_row(), row])
+    with pytest.raises(InputError, match=f"(?s)(t.jsonl:2: |--source).*{message}"):
+        main(["convert", path, "--out", str(tmp_path / "o"), f"--source=dapo={source}"])
+    assert not list((tmp_path / "o").glob("*")) if (tmp_path / "o").exists() else True
+
+
+def test_the_blend_as_parquet_and_with_nested_fields_as_text_gives_the_same_rows(rl_blend, tmp_path):
+    path, sources = rl_blend
+    rows = [r for r in read(tmp_path / "train.jsonl") if "workbench" not in r["dataset"]]
+    for i, name in enumerate(("recipient", "subject")):  # Arrow gives each schema the other's property, as null
+        tool = {"type": "function", "name": f"tool{i}", "parameters": {"properties": {name: {"type": "string"}}}}
+        rows.append(blend_rows.agent_row(i))
+        rows[-1]["responses_create_params"]["tools"] = [tool]
+    path = write(tmp_path / "train.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    text = [{k: json.dumps(v) if k in blend.NESTED and v is not None else v for k, v in r.items()} for r in rows]
+    write(tmp_path / "text.jsonl", text)
+    converted = []
+    for name in (path, str(tmp_path / "train.parquet"), str(tmp_path / "text.jsonl")):
+        assert main(["convert", name, "--out", str(tmp_path / "out"), *sources]) == 0
+        converted.append({p.name: read(p) for p in sorted((tmp_path / "out").glob("*.jsonl"))})
+    assert (
+        converted[1]["agent.jsonl"][1]["tools"] == [tool]
+        and len(converted[0]) == 5
+        and converted[0] == converted[1] == converted[2]
+    )
 
 
 def test_the_wrong_source_file_is_noticed(tmp_path):

@@ -122,3 +122,14 @@ def test_grams_ignore_case_punctuation_and_line_breaks():
 
 def test_ranks_of_ties_are_their_mean():
     assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0.0, 1.5]
+
+
+def test_lines_that_are_no_rows_are_counted_and_the_rest_is_read(tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    good = json.dumps({"domain": "math", "prompt": "one?", "answer": "1"}).encode()
+    path.write_bytes(b"\n".join([good, b"{", b"[1]", b"\xff", b"[" * 99999, good.replace(b"one", b"two")]))
+    assert main(["inspect", str(path), "--filter", str(tmp_path / "clean.jsonl")]) == 0
+    assert "2 of 6 rows written" in capsys.readouterr().out
+    report = inspect([str(path)])
+    assert report["math"].rows == 2 and sum(report["?"].problems["unreadable"].values()) == 4
+    assert f"{path}:2" in report["?"].examples.values()
