@@ -236,10 +236,10 @@ def answer(c: Comparison) -> str:
     return (
         f"<div class=answer><p class=verdict>{word}</p>"
         f"<p>One mixed run reaches <b>{percent(mixed)}</b> on average over "
-        f"{e(', '.join(c.domains))} and {verdict} the best of {many} merges, {e(label(best))}, at <b>{percent(merged)}</b>: a "
-        f"difference of <b>{percent(d, '+')}</b> points. Both started from {percent(base)}; each expert reaches "
-        f"{percent(own)} on its own domain alone, and distilling all of them into one model gives "
-        f"{percent(taught)}.</p>"
+        f"{e(', '.join(c.domains))} and {verdict} the best of {many} merges, {e(label(best))}, at "
+        f"<b>{percent(merged)}</b>: a difference of <b>{percent(d, '+')}</b> points. Both started from "
+        f"{percent(base)}; the experts reach {percent(own)} on their own domains, and distilling all of them into one "
+        f"model gives {percent(taught)}.</p>"
         f"<p class=dim>{' '.join(notes)}</p></div>"
     )
 
@@ -324,7 +324,7 @@ def published(c: Comparison) -> str:
 def checks(c: Comparison, checked: Sequence[Finding], page: _Page) -> str:
     """Verdicts as a figure (those in points) and as a list with claim, test, numbers."""
     counts = {v: sum(f.verdict == v for f in checked) for v in findings.VERDICTS}
-    summary = ", ".join(f"{n} {v}" for v, n in counts.items())
+    summary = ", ".join(f"{v} {n}" for v, n in counts.items())
     drawn = [f for f in checked if f.estimate is not None and f.unit == "points"]
     names = [f.name for f in drawn]
     series = [

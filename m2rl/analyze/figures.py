@@ -43,8 +43,8 @@ NAMED = {  # name of a series -> colour of the theme
     **{"kept": "base", "inherited": "math", "novel": "science", "forgotten": "code", "lost": "mixed"},  # skills
 }
 LABELS = {  # how a reader knows a name
-    **{"sft": "SFT (base)", "distill": "distilled", "ta": "task arith.", "ties": "TIES", "dare_ta": "TA + DARE"},
-    **{"dare_ties": "TIES + DARE", "sce": "SCE", "ram_plus": "RAM+", "model_stock": "Model Stock", "tsv_m": "TSV-M"},
+    **{"sft": "SFT", "distill": "distilled", "ta": "TA", "ties": "TIES", "dare_ta": "TA+DARE"},
+    **{"dare_ties": "TIES+DARE", "sce": "SCE", "ram_plus": "RAM+", "model_stock": "Model Stock", "tsv_m": "TSV-M"},
     **{"iso_c": "Iso-C", "own_teacher_kl": "KL to own expert", "neighbour_transfer": "neighbours", "mixture": "both"},
 }
 DASHES = ("", "6 3", "2 3")
@@ -52,17 +52,17 @@ DASHES = ("", "6 3", "2 3")
 THEME = """:root{color-scheme:light dark;--surface:#fff;--ink:#1c2027;--dim:#5b6270;--grid:#e7e9ee;--rule:#aab0bb;
 --base:#767d89;--math:#0072b2;--code:#c98300;--science:#00875f;--if:#c2589a;--agent:#8a6d3b;--mixed:#d04a02;
 --distill:#5a3fb5;--o0:#2b93c9;--o1:#4c6fa5;--o2:#56a8ad;--o3:#7a9bd1;--o4:#2e6f8e;--o5:#8fb3c4;
---heat:#0a5a9c;--cold:#b3541e;--on-heat:#fff}
+--heat:#0a5a9c;--cold:#b3541e;--on-heat:#fff;--on-mid:#1c2027}
 @media(prefers-color-scheme:dark){:root{--surface:#14171c;--ink:#e7e9ee;--dim:#a0a7b4;--grid:#262b34;--rule:#555d6b;
 --base:#9aa1ad;--math:#4aa8e0;--code:#eaab3a;--science:#35c297;--if:#e58cc1;--agent:#c4a471;--mixed:#ff8248;
 --distill:#a893f5;--o0:#6cc1ee;--o1:#8fb0e3;--o2:#7fd0d4;--o3:#a9c3ef;--o4:#5fa9cc;--o5:#b9d3e0;
---heat:#63b3f0;--cold:#f0925c;--on-heat:#0b0e12}}"""
+--heat:#63b3f0;--cold:#f0925c;--on-heat:#0b0e12;--on-mid:#0b0e12}}"""
 
 CSS = """svg.m2rl{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;background:var(--surface);
 font-variant-numeric:tabular-nums}svg.m2rl text{fill:var(--ink)}svg.m2rl .h{font-size:14px;font-weight:600}
 svg.m2rl .t{fill:var(--dim);font-size:11px}svg.m2rl .v{font-size:10.5px}svg.m2rl .g{stroke:var(--grid)}
 svg.m2rl .a{stroke:var(--rule)}svg.m2rl .r{stroke:var(--dim);stroke-dasharray:3 3}svg.m2rl .c{fill:var(--heat)}
-svg.m2rl .c.n{fill:var(--cold)}svg.m2rl .v.hi{fill:var(--on-heat)}svg.m2rl .f{fill:var(--c)}
+svg.m2rl .c.n{fill:var(--cold)}svg.m2rl .v.hi{fill:var(--on-heat)}svg.m2rl .v.mid{fill:var(--on-mid)}svg.m2rl .f{fill:var(--c)}
 svg.m2rl .l{stroke:var(--c);stroke-width:1.8;fill:none}svg.m2rl .e{stroke:var(--c);stroke-width:1.6}
 svg.m2rl .b{fill:var(--c);opacity:.15}svg.m2rl .p{fill:var(--c);stroke:transparent;stroke-width:9;pointer-events:all}
 svg.m2rl .off{display:none}"""
@@ -256,12 +256,15 @@ def _legend(f: Figure, width: float) -> tuple[str, float]:
 def _heat_map(f: Figure, width: float, top: float) -> tuple[str, float, float]:
     rows, heads = [label(r) for r in f.rows], [label(c) for c in f.columns]
     left = 14 + _width(rows)
-    columns = max(len(f.columns), 1)
+    columns = max(len(heads), 1)
     cell_w = min(64.0, (width - left - 8) / columns)
     tilted = _width(heads) > cell_w
+    if tilted:  # the last head leans over the edge: it gets room
+        lean = 0.74 * CHARACTER * len(heads[-1])
+        cell_w = min(cell_w, (width - left - lean) / (columns - 0.5))
     top += 0.72 * _width(heads) + 10 if tilted else 14
     cell_h = max(17.0, min(30.0, cell_w * 0.72))
-    right = left + columns * cell_w + (0.72 * CHARACTER * len(heads[-1]) - cell_w / 2 if tilted and f.columns else 0)
+    right = left + columns * cell_w + (max(lean - cell_w / 2, 0.0) if tilted else 0.0)
     scale = max((abs(v) for row in f.z for v in row if math.isfinite(v)), default=0.0) or 1.0
     whole = all(2 * v == int(2 * v) for row in f.z for v in row if math.isfinite(v)) and f.unit != "%"
     longest = max((len(_cell(v, whole)) for row in f.z for v in row), default=1)
@@ -284,7 +287,7 @@ def _heat_map(f: Figure, width: float, top: float) -> tuple[str, float, float]:
                 f"{_tip(f'{rows[i]}, {heads[j]}', f'{v:.4g} {f.unit}')}</rect>"
             )
             if cell_w >= 5.9 * longest + 3:
-                hi = " hi" if share > 0.55 else ""
+                hi = " hi" if share > 0.74 else " mid" if share > 0.6 else ""
                 out.append(
                     _text(
                         x + cell_w / 2,
@@ -330,10 +333,13 @@ def _rows(f: Figure, width: float, top: float) -> tuple[str, float, float]:
     """Bars, stacked bars and dots: one row per category."""
     names = list(dict.fromkeys(str(x) for s in f.series for x in s.x))
     low, high = _spread(f, names)
-    left, right = 16 + min(_width([label(n) for n in names]), width * 0.42), width - 14.0
+    wanted = 16 + _width([label(n) for n in names])
+    above = wanted > 0.45 * width  # names too long to stand beside their rows stand over them
+    left, right = 14.0 if above else wanted, width - 14.0
     many = len(f.series) if f.kind != "stacked" else 1
     thick = {1: 13.0, 2: 9.0}.get(many, 7.0)
-    slot = max(20.0, many * (thick + 1) + 8)
+    lift = 14.0 if above else 0.0
+    slot = max(20.0, many * (thick + 1) + 8) + lift
     bottom = top + len(names) * slot
 
     def px(v: float) -> float:
@@ -344,7 +350,10 @@ def _rows(f: Figure, width: float, top: float) -> tuple[str, float, float]:
         out.append(f'<line class="g" x1="{px(t):.1f}" x2="{px(t):.1f}" y1="{top}" y2="{bottom:.1f}"/>')
         out.append(_text(px(t), bottom + 15, _number(t), "middle", ' class="t"'))
     for k, n in enumerate(names):
-        out.append(_text(left - 8, top + (k + 0.5) * slot + 4, label(n), "end"))
+        if above:
+            out.append(_text(8, top + k * slot + 13, label(n)))
+        else:
+            out.append(_text(left - 8, top + (k + 0.5) * slot + 4, label(n), "end"))
     if f.kind != "dots":
         out.append(f'<line class="a" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="{top}" y2="{bottom:.1f}"/>')
     if f.line is not None:
@@ -358,7 +367,7 @@ def _rows(f: Figure, width: float, top: float) -> tuple[str, float, float]:
                 continue
             name = str(s.x[j])
             k = names.index(name)
-            middle = top + (k + 0.5) * slot + (i - (many - 1) / 2) * (thick + 1) * (f.kind != "stacked")
+            middle = top + (k + 0.5) * slot + lift / 2 + (i - (many - 1) / 2) * (thick + 1) * (f.kind != "stacked")
             # one series: a category that has a colour of its own keeps it
             own = f' style="--c:{paint(name, names)}"' if len(every) == 1 and name in NAMED else ""
             ends = s.low is not None and s.high is not None and math.isfinite(s.low[j]) and math.isfinite(s.high[j])
@@ -460,11 +469,13 @@ def _plane(f: Figure, width: float, top: float) -> tuple[str, float, float]:
                 f'<circle class="p" cx="{px(float(s.x[j])):.1f}" cy="{py(s.y[j]):.1f}" r="{radius}">'
                 f"{_tip(what, label(s.name), shown)}</circle>"
             )
-            box = (px(float(s.x[j])) + 7, py(s.y[j]) + 4, CHARACTER * len(label(s.name)))
+            wide = CHARACTER * len(label(s.name))
+            over = px(float(s.x[j])) + 7 + wide > width
+            box = (px(float(s.x[j])) + (-7 - wide if over else 7), py(s.y[j]) + 4, wide)
             free = all(abs(box[1] - y) > 12 or box[0] > x + w or x > box[0] + box[2] for x, y, w in taken)
             if f.equal and len(s.y) == 1 and free:  # a lone point is called by its name where there is room
                 taken.append(box)
-                marks.append(_text(box[0], box[1], label(s.name)))
+                marks.append(_text(box[0] + wide * over, box[1], label(s.name), "end" if over else "start"))
         out.append(_group(f, s.name, every, marks))
     out.append(_text((left + right) / 2, bottom + 33, f.x_title, "middle", ' class="t"'))
     if f.y_title:
