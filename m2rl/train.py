@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print_plan(config)
             return 0
-    with process_group(config.threads) as device, Stopping() as stopping:
+    mixed = config.model.compute_dtype != "float32"
+    with process_group(config.threads, always=mixed) as device, Stopping() as stopping:
         return train(config, device, stopping)
 
 
