@@ -383,9 +383,14 @@ def test_under_torchrun_the_reason_is_printed_once_and_again_at_the_end():
             "train.jsonl:1: key prompt must be a non-empty string",
         ),
         ({"rows": [{"domain": "math", "prompt": "a"}]}, "train.jsonl:1: "),
-        ({"rows": [ROWS[1]], "chat": False}, "the tokenizer has no chat template"),
+        ({"rows": [ROWS[1]], "chat": False}, "train.jsonl:1: the row holds chat messages, and the tokenizer has no"),
         ({"train": ["nowhere/*.jsonl"]}, "no file nowhere/*.jsonl"),
-        ({"extra": ("--model.path", "nowhere")}, "model.path nowhere: "),
+        ({"extra": ("--model.path", "nowhere")}, "model.path: nowhere does not exist"),
+        (
+            {"extra": ("--model.path", "no/where")},
+            "model.path: no/where is neither a folder nor in the local hub cache",
+        ),
+        ({"extra": ("--rollout.max-sequences", "0")}, "rollout.max_sequences must be at least 1, got 0"),
         ({"extra": ("--rollout.group-size", "1")}, "rollout.group_size must be at least 2"),
     ],
 )
