@@ -21,8 +21,7 @@ import pytest
 import torch
 
 from m2rl import train
-from m2rl.config import Data, Domain, build, read_toml
-from m2rl.data import Encoder
+from m2rl.config import Config, Data, Domain, Model, build, read_toml
 from m2rl.domains import procedural, verify
 from m2rl.launch import Stopping
 from m2rl.metrics import Display
@@ -67,7 +66,7 @@ class Gate:
 
 def config(folder, **changes):
     table, where = read_toml("embedded")
-    base = build(train.Config, table, where)
+    base = build(Config, table, where)
     return dataclasses.replace(
         base,
         run_dir=str(folder / "run"),
@@ -84,7 +83,7 @@ def warm_model(tmp_path_factory):
     """A short warm start, so that responses end by themselves and groups have both right and wrong samples."""
     folder = tmp_path_factory.mktemp("step")
     table, where = read_toml("embedded_sft")
-    sft = build(train.Config, table, where)
+    sft = build(Config, table, where)
     sft = dataclasses.replace(
         sft,
         run_dir=str(folder / "sft"),
@@ -106,7 +105,7 @@ def test_m2rl(benchmark, warm_model, tmp_path):
             gate.after_step()
             return result
 
-    made = config(tmp_path, model=train.Config().model.__class__(path=str(warm_model)))
+    made = config(tmp_path, model=Model(path=str(warm_model)))
     gate = Gate(lambda g: Stepped(made, torch.device("cpu"), Stopping(), Display(False)).roll())
     benchmark.pedantic(gate.step, rounds=ROUNDS, warmup_rounds=WARMUP)
     gate.thread.join(60)
@@ -127,10 +126,8 @@ def test_trl(benchmark, warm_model, tmp_path):
 
     benchmark.group = "one GRPO step, 16 x 16 samples"
     tokenizer = AutoTokenizer.from_pretrained(warm_model)
-    encoder = Encoder(tokenizer, DOMAINS)
     problems = [procedural.problem(d.name, 0, i) for i in range(8 * (ROUNDS + WARMUP)) for d in DOMAINS]
     specs = {p.prompt + "\n": (p.domain, p.spec) for p in problems}
-    assert encoder is not None
     tokenizer.chat_template = None  # plain text on both sides: <bos> + prompt + newline
     rows = Dataset.from_list([{"prompt": tokenizer.bos_token + p.prompt + "\n"} for p in problems])
     lengths = []

@@ -27,7 +27,8 @@ from m2rl.types import InputError
 @dataclass(frozen=True)
 class Model:
     path: str = "embedded"
-    """Folder of a Hugging Face causal LM, a hub id, or "embedded": the built-in 0.4M-parameter model."""
+    """Folder of a Hugging Face causal LM, a hub id that is on this disk already, or "embedded": the built-in
+    0.4M-parameter model."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices are multiplied in. Master weights and optimizer state are always float32."""
     activation_checkpointing: bool = False

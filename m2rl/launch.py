@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,19 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait this long for the 
 
 
 @contextlib.contextmanager
-def process_group(threads: int) -> Iterator[torch.device]:
-    """Join the ranks that torchrun started (or run alone) and yield this rank's device."""
+def process_group(threads: int, always: bool = False) -> Iterator[torch.device]:
+    """Join the ranks that torchrun started and yield this rank's device. Without torchrun the process is alone: no
+    group, or a group of one if `always` (FSDP's mixed precision needs one)."""
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    started = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    torchrun = "WORLD_SIZE" in os.environ
+    started = (torchrun or always) and not dist.is_initialized()
     if started:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        alone: dict[str, Any] = {} if torchrun else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **alone)
     try:
         yield device
     finally:

@@ -68,7 +68,10 @@ def memory_rows(config: Config, shape: PretrainedConfig, parameters: int, world:
     low = 2 if config.model.compute_dtype == "bfloat16" else 4
     layers, hidden = shape.num_hidden_layers, shape.hidden_size
     bin_tokens = config.train.tokens_per_bin
-    per_token = layers * hidden * low if config.model.activation_checkpointing else layers * hidden * low * 17
+    kept_of_a_layer = 17  # rows of width `hidden` per token, roughly, of attention and MLP together
+    checkpointed = layers + kept_of_a_layer  # inputs of all layers, and one layer in full while it is recomputed
+    rows_kept = checkpointed if config.model.activation_checkpointing else layers * kept_of_a_layer
+    per_token = rows_kept * hidden * low
     master, moments = 4 * parameters / shards, 8 * parameters / shards
     cache = r.kv_cache_gib * 2**30
     if r.engine == "native":
@@ -76,7 +79,8 @@ def memory_rows(config: Config, shape: PretrainedConfig, parameters: int, world:
     rows = {
         "train": {
             "fp32 master + Adam m, v": master + moments,
-            "fp32 gradients": 4 * parameters / shards,
+            # FSDP reduces after the last bin only: until then every rank accumulates the whole gradient
+            "fp32 gradients, whole until the last bin": 4.0 * parameters,
             "unsharded layers in flight": low * parameters * (1 if shards == 1 else 3 / layers),
             "activations of one bin": float(per_token * bin_tokens),
             "log-prob cache": float(min(5 * 2**30, 2 * bin_tokens * shape.vocab_size)),

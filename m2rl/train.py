@@ -45,6 +45,7 @@ from m2rl.rollout.engine import Engine, Request, generate, sample_seed
 from m2rl.rollout.memory import Parked, park
 from m2rl.rollout.native import NativeEngine
 from m2rl.rollout.sharing import Sharing
+from m2rl.safetensors_io import resolve_folder
 from m2rl.scores import Score, average, score
 from m2rl.telemetry import Energy, Phases, memory_gib, mfu
 from m2rl.types import InputError, Prompt, Sample, StepStats
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print_plan(config)
             return 0
-    with process_group(config.threads) as device, Stopping() as stopping:
+    mixed = config.model.compute_dtype != "float32"
+    with process_group(config.threads, always=mixed) as device, Stopping() as stopping:
         return train(config, device, stopping)
 
 
@@ -140,7 +142,13 @@ class Run:
                     "them to continue it, or start over with --resume never, or name another --run-dir"
                 )
         on_rank_0(self._prepare_folder)
-        self.model_path = str(self.folder / "init") if config.model.path == "embedded" else config.model.path
+        if config.model.path == "embedded":
+            self.model_path = str(self.folder / "init")
+        else:
+            try:
+                self.model_path = str(resolve_folder(config.model.path))
+            except InputError as error:
+                raise InputError(f"model.path: {error}") from None
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path)
         except (OSError, ValueError) as error:

@@ -33,10 +33,9 @@ class Encoder:
     def _chat(self, row: Row, where: str) -> list[dict[str, Any]] | None:
         """The row as messages, or None for a text row under a tokenizer without a chat template."""
         option = self.options.get(row.domain, Domain(row.domain))
-        if row.messages is None and not self.tokenizer.chat_template:
-            return None
+        self.check_template(row, where)
         if not self.tokenizer.chat_template:
-            raise InputError(f"{where}: the row holds chat messages, and the tokenizer has no chat template")
+            return None
         messages = [dict(m) for m in (row.messages or ({"role": "user", "content": row.prompt},))]
         if option.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": option.system_prompt})
@@ -45,6 +44,11 @@ class Encoder:
                 m["content"] = option.prompt_template.replace("{prompt}", str(m["content"]))
                 break
         return messages
+
+    def check_template(self, row: Row, where: str) -> None:
+        """InputError for chat messages that the tokenizer cannot render."""
+        if row.messages is not None and not self.tokenizer.chat_template:
+            raise InputError(f"{where}: the row holds chat messages, and the tokenizer has no chat template")
 
     def _text(self, row: Row) -> str:
         option = self.options.get(row.domain, Domain(row.domain))
@@ -92,7 +96,8 @@ class Encoder:
             messages.append({"role": "assistant", "content": row.response})
         if messages[-1]["role"] != "assistant":
             raise InputError(
-                f"{where}: SFT needs messages that end with the assistant, they end with {messages[-1]['role']}"
+                f"{where}: SFT needs messages that end with the assistant, or a prompt with a response; these messages "
+                f"end with {messages[-1]['role']}"
             )
         tools = row.spec.get("tools")
         full = self._render(messages, False, where, tools)
@@ -263,6 +268,7 @@ def load_sources(
                     check_spec(row.domain, encoder.spec(row))
                 except ValueError as error:
                     raise InputError(f"{where}: {error}") from None
+                encoder.check_template(row, where)
                 option = encoder.options.get(row.domain, Domain(row.domain))
                 if not surely_short(row, option, limit) and len(encoder.prompt(row, where).tokens) > limit:
                     skipped[row.domain] += 1

@@ -166,7 +166,7 @@ def _science(rng: random.Random) -> Problem:
         longest = rng.random() < 0.5
         best = (min if longest else max)(units, key=_LENGTHS.index)
         letter = "ABC"[units.index(best)]
-        options = {x: f"{rng.randint(2, 9)}{u}" for x, u in zip("ABC", units)}
+        options = {x: f"{rng.randint(2, 9)} {u}" for x, u in zip("ABC", units)}
         prompt = ("longest" if longest else "shortest") + "".join(f"\n{x}) {text}" for x, text in options.items())
         return Problem(
             "science",

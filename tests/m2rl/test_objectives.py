@@ -6,10 +6,10 @@ import tiny
 import torch
 
 from m2rl.config import Objective, Optim
-from m2rl.learner import Learner, make_bin
+from m2rl.learner import Learner, added, make_bin
 from m2rl.objectives import PolicyGradient, Supervised, TrainRow, group_stats, to_rows, token_weights
 from m2rl.policy import ATTENTION, Policy
-from m2rl.types import Prompt, Sample
+from m2rl.types import Prompt, Sample, StepStats
 
 
 def sample(domain="math", prompt=0, index=0, reward=1.0, n=3, finish="stop", mask=None):
@@ -43,6 +43,24 @@ def test_groups_are_found_by_prompt_even_when_prompts_repeat_text():
         want += list((r - r.mean()) / (r.std(ddof=1) + 1e-6) if r.std() else r * 0)
     np.testing.assert_allclose(advantages, want, atol=1e-6)
     assert [(g.live, g.mean) for g in groups] == [(True, 0.5), (False, 1.0), (True, 0.25)]
+
+
+def test_the_same_prompt_twice_in_a_row_is_two_groups():
+    """A file with fewer rows than the quota brings a prompt twice into one step."""
+    samples = [sample(index=i, reward=r) for rewards in [(1, 0), (1, 1)] for i, r in enumerate(rewards)]
+    _, groups = group_stats(samples, Objective())
+    assert [(g.live, g.mean) for g in groups] == [(True, 0.5), (False, 1.0)]
+
+
+def test_several_updates_of_one_rollout_are_reported_together():
+    parts = [
+        StepStats(1.0, 2.0, False, 10, 4, {"math": {"count": 3.0, "loss": 1.5}}),
+        StepStats(3.0, float("nan"), True, 6, 2, {"math": {"count": 1.0, "loss": 0.5}}),
+    ]
+    whole = added(parts)
+    assert (whole.loss, whole.skipped, whole.tokens, whole.trained_tokens) == (2.0, True, 16, 6)
+    assert np.isnan(whole.grad_norm) and whole.per_domain == {"math": {"count": 4.0, "loss": 2.0}}
+    assert added(parts[:1]) == parts[0]
 
 
 @pytest.mark.parametrize(

@@ -41,3 +41,10 @@ def test_what_sleeps_is_not_in_the_training_phase(engine):
     config = dataclasses.replace(VLLM, rollout=dataclasses.replace(VLLM.rollout, engine=engine))
     rows = memory_rows(config, QWEN3_4B, PARAMETERS, 1)
     assert ("engine weights" in rows["train"]) == (engine == "native")
+
+
+def test_the_gradient_is_whole_on_every_rank_until_the_last_bin():
+    """As FSDP2 keeps it where gradient synchronisation is off for the earlier bins."""
+    rows = [memory_rows(VLLM, QWEN3_4B, PARAMETERS, world)["train"] for world in (1, 8)]
+    assert [r["fp32 gradients, whole until the last bin"] for r in rows] == [4 * PARAMETERS] * 2
+    assert [r["fp32 master + Adam m, v"] for r in rows] == [12 * PARAMETERS, 1.5 * PARAMETERS]

@@ -1,11 +1,15 @@
 """Packed forward passes equal unpacked ones, for every architecture that users bring."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
 
-from m2rl.policy import ATTENTION, Packed, Policy, load_model
+from m2rl.policy import ATTENTION, Packed, Policy, _varlen, load_model, packed_attention
 from m2rl.types import InputError
 
 CPU = torch.device("cpu")
@@ -42,6 +46,50 @@ def test_attention_never_crosses_sequences():
     alone = policy.hidden(Packed.of([b], CPU))
     together = policy.hidden(Packed.of([a, b, c], CPU))[7:15]
     torch.testing.assert_close(alone, together, atol=2e-6, rtol=0)
+
+
+def stand_in(q, k, v, cu_q, cu_k, longest_q, longest_k, is_causal, scale, window_size, enable_gqa=False, *_):
+    """torch's varlen attention by its definition, for a CPU."""
+    assert is_causal and window_size == [-1, 0] and longest_q == longest_k
+    outputs = []
+    for a, b in itertools.pairwise(cu_q.tolist()):
+        x, y, z = (t[a:b].transpose(0, 1) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(x, y, z, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs), q.new_zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64)
+
+
+def test_the_gpu_branch_of_attention_computes_the_same_and_compiles_to_one_graph_for_every_shape():
+    """Only the kernel itself differs from a GPU's: the same call of torch's varlen op, layers checkpointed and compiled
+    with dynamic shapes."""
+    from torch._dynamo.utils import counters
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.nn.attention import varlen
+
+    varlen._varlen_attn.register_kernel("cpu")(stand_in)
+
+    def attention(module, query, key, value, attention_mask, scaling, packed, **_):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _varlen(q, k, v, packed, scaling)[None], None
+
+    want = Policy(tiny.model(attention=ATTENTION))
+    batches = [Packed.of(tiny.sequences(lengths), CPU) for lengths in ((5, 17, 2, 9, 8), (30, 3), (7,) * 6)]
+    with torch.no_grad():
+        expected = [want.hidden(packed) for packed in batches]
+    AttentionInterface.register(ATTENTION, attention)
+    try:
+        got = Policy(tiny.model(attention=ATTENTION))
+        layers = got.model.get_decoder().layers
+        for i, layer in enumerate(layers):
+            layers[i] = checkpoint_wrapper(layer)
+            layers[i].compile(dynamic=True, backend="aot_eager", fullgraph=True)
+        counters.clear()
+        with torch.no_grad():
+            for packed, hidden in zip(batches, expected):
+                torch.testing.assert_close(got.hidden(packed), hidden, atol=1e-5, rtol=0)
+        assert counters["stats"]["unique_graphs"] == 1
+    finally:
+        AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def test_packed_layout():

@@ -128,9 +128,8 @@ def test_killed_at_any_moment_it_resumes_bitwise(tmp_path, finished):
     done = torchrun("-m", "m2rl.train", "--run-dir", str(folder), *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Resuming" in done.stdout
-    assert (folder / "model" / "model.safetensors").read_bytes() == (
-        reference / "previous" / "model" / "model.safetensors"
-    ).read_bytes()
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    assert model == (reference / "model" / "model.safetensors").read_bytes()
     strip = [
         {k: v for k, v in m.items() if not k.startswith(("time/", "memory/")) and not k.endswith("_s")}
         for m in metrics(folder)
@@ -140,6 +139,42 @@ def test_killed_at_any_moment_it_resumes_bitwise(tmp_path, finished):
         for m in metrics(reference)
     ]
     assert strip == want
+
+
+def test_killed_after_its_last_step_it_only_evaluates_and_exports(tmp_path, finished):
+    reference, _ = finished
+    folder, longer = tmp_path / "run", ("--evaluation.problems", "120")
+    process = start("--run-dir", str(folder), *SMALL, *longer)
+    wait_for_step(folder, 6, process)
+    process.kill()  # inside the evaluation that follows
+    process.wait()
+    assert not (folder / "summary.json").exists()
+    done = torchrun("-m", "m2rl.train", "--run-dir", str(folder), *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Resuming {folder} at step 6" in done.stdout and "grpo 6/6" not in done.stdout
+    assert json.loads((folder / "summary.json").read_text())["after"]["math"]["problems"] == 4
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    assert model == (reference / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_continued_from_an_older_checkpoint_gives_up_the_newer_ones(tmp_path):
+    folder = tmp_path / "run"
+    assert main(["--run-dir", str(folder), *SMALL, "--train.steps", "4"]) == 0
+    older = str(folder / "checkpoints" / "step-000002")
+    assert main(["--run-dir", str(folder), *SMALL, "--train.steps", "3", "--resume", older]) == 0
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"]
+    assert (folder / "previous" / "step-000004" / "state.json").exists()
+
+
+def test_without_torchrun_bfloat16_trains_as_well(tmp_path):
+    """FSDP's mixed precision needs a process group, of one process if need be."""
+    process = start(
+        "--run-dir", str(tmp_path / "run"), *SMALL, "--train.steps", "1", "--model.compute-dtype", "bfloat16"
+    )
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_sigterm_saves_and_exits_0(tmp_path):
@@ -329,6 +364,13 @@ def test_wrong_input_prints_one_line_and_exits_2(tmp_path):
     assert out.startswith("m2rl: --config") and out.count("\n") == 1
 
 
+def test_under_torchrun_the_reason_is_printed_once_and_again_at_the_end():
+    done = torchrun("-m", "m2rl.train", "--config", "qwen3_4b_maths", ranks=2)
+    lines = done.stderr.strip().splitlines()
+    assert sum(line.startswith("m2rl: --config qwen3_4b_maths: ") for line in lines) == 1
+    assert "did you mean qwen3_4b_math?" in lines[-2]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -341,9 +383,14 @@ def test_wrong_input_prints_one_line_and_exits_2(tmp_path):
             "train.jsonl:1: key prompt must be a non-empty string",
         ),
         ({"rows": [{"domain": "math", "prompt": "a"}]}, "train.jsonl:1: "),
-        ({"rows": [ROWS[1]], "chat": False}, "the tokenizer has no chat template"),
+        ({"rows": [ROWS[1]], "chat": False}, "train.jsonl:1: the row holds chat messages, and the tokenizer has no"),
         ({"train": ["nowhere/*.jsonl"]}, "no file nowhere/*.jsonl"),
-        ({"extra": ("--model.path", "nowhere")}, "model.path nowhere: "),
+        ({"extra": ("--model.path", "nowhere")}, "model.path: nowhere does not exist"),
+        (
+            {"extra": ("--model.path", "no/where")},
+            "model.path: no/where is neither a folder nor in the local hub cache",
+        ),
+        ({"extra": ("--rollout.max-sequences", "0")}, "rollout.max_sequences must be at least 1, got 0"),
         ({"extra": ("--rollout.group-size", "1")}, "rollout.group_size must be at least 2"),
     ],
 )
