@@ -105,10 +105,9 @@ class LoadTree {
  public:
   LoadTree(int64_t bins, int64_t capacity) : width_(1) {
     while (width_ < bins) width_ *= 2;
-    load_.assign(2 * width_, std::numeric_limits<double>::infinity());
-    room_.assign(2 * width_, -1);
-    for (int64_t k = 0; k < bins; ++k) load_[width_ + k] = 0, room_[width_ + k] = capacity;
-    for (int64_t node = width_ - 1; node > 0; --node) join(node);
+    nodes_.assign(2 * width_, {std::numeric_limits<double>::infinity(), -1});
+    for (int64_t k = 0; k < bins; ++k) nodes_[width_ + k] = {0, capacity};
+    for (int64_t node = width_ - 1; node > 0; --node) nodes_[node] = joined(node);
   }
   int64_t find(int64_t length) const {  // -1: no bin has room
     int64_t best = -1;
@@ -117,25 +116,36 @@ class LoadTree {
   }
   void add(int64_t bin, int64_t length, double cost) {
     int64_t node = width_ + bin;
-    load_[node] += cost;
-    room_[node] -= length;
-    while (node >>= 1) join(node);
+    nodes_[node].load += cost;
+    nodes_[node].room -= length;
+    while (node >>= 1) {
+      const Node now = joined(node);
+      if (now.load == nodes_[node].load && now.room == nodes_[node].room) return;
+      nodes_[node] = now;
+    }
   }
 
  private:
-  void join(int64_t node) {
-    load_[node] = std::min(load_[2 * node], load_[2 * node + 1]);
-    room_[node] = std::max(room_[2 * node], room_[2 * node + 1]);
+  struct Node {  // of a subtree: the least load, the most room; together, so that a step reads one cache line
+    double load;
+    int64_t room;
+  };
+
+  Node joined(int64_t node) const {
+    const Node &left = nodes_[2 * node], &right = nodes_[2 * node + 1];
+    return {std::min(left.load, right.load), std::max(left.room, right.room)};
   }
   // Depth first, the lighter child first; a subtree is left out when no bin in it comes before `best` in (load, index).
   void search(int64_t node, int64_t length, int64_t& best) const {
-    if (room_[node] < length) return;
-    if (best >= 0 && (load_[node] > load_[best] || (load_[node] == load_[best] && leftmost(node) > best))) return;
+    if (nodes_[node].room < length) return;
+    if (best >= 0 && (nodes_[node].load > nodes_[best].load ||
+                      (nodes_[node].load == nodes_[best].load && leftmost(node) > best)))
+      return;
     if (node >= width_) {
       best = node;
       return;
     }
-    const int64_t lighter = 2 * node + (load_[2 * node + 1] < load_[2 * node]);
+    const int64_t lighter = 2 * node + (nodes_[2 * node + 1].load < nodes_[2 * node].load);
     search(lighter, length, best);
     search(lighter ^ 1, length, best);
   }
@@ -145,8 +155,7 @@ class LoadTree {
   }
 
   int64_t width_;
-  std::vector<double> load_;
-  std::vector<int64_t> room_;
+  std::vector<Node> nodes_;
 };
 
 bool deal(const std::vector<int32_t>& order, const int64_t* lengths, const double* costs, int64_t bins, int64_t capacity,

@@ -128,7 +128,11 @@ def linear_logprob_forward(
     return_entropy: bool = False,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> tuple[Tensor, Tensor | None, Saved]:
-    """(logp, entropy or None, saved) outside autograd: for a caller that runs the backward itself, see below."""
+    """(logp [N], entropy [N] or None, saved) outside autograd, for a caller that runs `linear_logprob_backward` itself.
+
+    Arguments and errors as for `linear_logprob`; float16, bfloat16 or float32 only. `saved` holds the inputs, 16 bytes
+    per live row and at most `cache_bytes` of exponentials.
+    """
     _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, None)
     _require(hidden_NH.dtype != torch.float64, "hidden must be float16, bfloat16 or float32 here, got torch.float64")
     rows_M = _live_rows(live, hidden_NH.device)
@@ -153,16 +157,18 @@ def linear_logprob_forward(
 def linear_logprob_backward(
     saved: Saved, grad_logp_N: Tensor, grad_entropy_N: Tensor | None = None, *, grad_weight_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(grad_hidden [N, H], grad_weight [V, H]) in the inputs' dtype. With `grad_weight_out` (float32 [V, H]) the
-    weight's gradient is added into it instead, in float32, and the second result is None: gradients of many bins
-    accumulate without rounding."""
+    """(grad_hidden [N, H], grad_weight [V, H]) in the inputs' dtype, from the upstream gradients of logp [N] and, when
+    the forward returned it, of the entropy [N] (any floating dtype, hidden's device). With `grad_weight_out` (float32
+    [V, H], contiguous) the weight's gradient is added into it instead, in float32, and the second result is None:
+    gradients of many bins accumulate without rounding. ValueError names the argument, the rule and the value."""
     weight_VH = saved.weight_VH
     N, out = saved.hidden_NH.shape[0], grad_weight_out
     _require(grad_logp_N.shape == (N,), lambda: f"grad_logp must have shape [N] = [{N}], got {list(grad_logp_N.shape)}")
     if grad_entropy_N is not None:
         _require(saved.with_entropy, "grad_entropy must be None unless the forward ran with return_entropy=True")
         _require(
-            grad_entropy_N.shape == (N,), f"grad_entropy must have shape [N] = [{N}], got {list(grad_entropy_N.shape)}"
+            grad_entropy_N.shape == (N,),
+            lambda: f"grad_entropy must have shape [N] = [{N}], got {list(grad_entropy_N.shape)}",
         )
     if out is not None:
         _require(out.dtype == torch.float32, lambda: f"grad_weight_out must be float32, got {out.dtype}")
@@ -227,6 +233,10 @@ def _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_g
             f"weight and targets must be on hidden's device, {hidden_NH.device}, got {weight_VH.device} and "
             f"{targets_N.device}"
         ),
+    )
+    _require(
+        tp_group is None or hidden_NH.dtype != torch.float64,
+        "hidden must be float16, bfloat16 or float32 with tp_group, got torch.float64",
     )
     _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
     _require(cache_bytes >= 0, lambda: f"cache_bytes must be at least 0, got {cache_bytes}")

@@ -606,6 +606,7 @@ def product(
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        enable_fp_fusion=True,  # Triton 3.10 turns it off by default
     )
 
 
@@ -642,6 +643,7 @@ def _product_blas(mode, x, w, y, target, anchor, E, inv_t, S_part, U_part, at_ta
                 SCALED=row_scale is not None,
                 B=BLAS_BLOCK,
                 num_warps=8,
+                enable_fp_fusion=True,
             )
 
 

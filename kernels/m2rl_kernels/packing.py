@@ -282,7 +282,9 @@ def pack(
 
 
 def unpack(plan_bin: PackBin, out: Mapping[str, Tensor], **fields: Tensor) -> Mapping[str, Tensor]:
-    """The inverse of pack: writes each field's [T, ...] to the bin's places in out[name] [T_all, ...]. Returns out."""
+    """The inverse of pack: writes each field's [T, ...] to the bin's places in out[name] [T_all, ...], of the same
+    dtype and device, contiguous; other bins' places stay as they are. Returns out. ValueError names the argument, the
+    rule and the value."""
     needed = int((plan_bin.starts + plan_bin.lengths).max(initial=0))
     for name, x in fields.items():
         _require(name in out, lambda: f"out must hold a tensor for {name!r}, got {sorted(out)}")

@@ -342,6 +342,10 @@ GOOD = {"hidden_NH": torch.zeros(3, 8), "weight_VH": torch.zeros(5, 8), "targets
         ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
         ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
+        (
+            {"hidden_NH": torch.zeros(3, 8).double(), "weight_VH": torch.zeros(5, 8).double(), "tp_group": object()},
+            "hidden must be float16, bfloat16 or float32 with tp_group, got torch.float64",
+        ),
         ({"live": torch.ones(3)}, r"live must be bool of shape \[N\] = \[3\], got torch.float32 \[3\]"),
     ],
 )

@@ -36,9 +36,8 @@ def compile_kernel(kernel, types, constants, capability, num_warps, num_stages=3
     aligned = [n for n in types if types[n].startswith("*") or n.startswith("stride") or n in ("H", "M")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, dict(constants), attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"]
 
 

@@ -24,7 +24,8 @@ def policy_losses():
         for kind, kl, on_policy in itertools.product(KINDS, KLS, (False, True)):
             weight = torch.rand(N, generator=g)
             weight[::5] = 0
-            options = (1.5, 2.0) if on_policy else (None, None)
+            # dual clip, TIS cap; a strictly on-policy ratio is 1 and reaches neither
+            options = (None, 2.0) if on_policy else (1.5, None) if kl == "k1" else (1.2, 1.1)
             segment = None if on_policy else torch.randint(-1, 3, (N,), generator=g)
             args = (
                 f(),
