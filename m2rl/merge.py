@@ -37,7 +37,7 @@ from m2rl_kernels import merge_passes as passes
 from m2rl_kernels import native
 from m2rl_kernels.merge_passes import METHODS, Device, Recipe, Statistics, Tensors, recipe
 
-from m2rl.safetensors_io import DTYPES, ITEM_BYTES, Checkpoint, Layout, ShardWriter, TensorInfo, plan_layout
+from m2rl.safetensors_io import DTYPES, ITEM_BYTES, Checkpoint, Layout, ShardWriter, TensorInfo, plan_layout, read_json
 from m2rl.types import InputError
 
 CODES = {safetensors: native.DTYPE_CODES[name] for name, safetensors in DTYPES.items()}  # "BF16" -> 1
@@ -178,12 +178,12 @@ def _check_config(donor: Checkpoint, other: Checkpoint) -> None:
 def _vocabulary(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     if path.is_file():
-        content = json.loads(path.read_text())
+        content = read_json(path)
         model = content.get("model", {})
         added = [(t["id"], t["content"]) for t in content.get("added_tokens", [])]
         return {"vocab": model.get("vocab"), "merges": model.get("merges"), "added": added}
     path = folder / "vocab.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) or None
 
 
 def _check_tokenizer(donor: Checkpoint, other: Checkpoint) -> None:
@@ -577,7 +577,7 @@ def _spectral(inputs: Inputs, r: Recipe, name: str, code: int) -> np.ndarray:
     """SVD methods: one matrix at a time, in torch."""
     from m2rl_kernels import delta_merge
 
-    data = [(c.bytes(name), CODES[c.tensors[name].dtype]) for c in inputs.all]
+    data = [(f"{name} of {c.source}", c.bytes(name), CODES[c.tensors[name].dtype]) for c in inputs.all]
     return delta_merge.spectral_from_bytes(r, inputs.info(name).shape, data, code)
 
 
@@ -586,8 +586,8 @@ def _copy(inputs: Inputs, name: str, output: Output) -> None:
     for other in inputs.all:
         if not np.array_equal(other.bytes(name), data):
             raise InputError(
-                f"{name} ({inputs.info(name).dtype}) is not a float tensor and differs between "
-                f"{inputs.donor.source} and {other.source}"
+                f"{name} is {inputs.info(name).dtype}, which is copied and not merged (merged are {', '.join(CODES)}), "
+                f"and it differs between {inputs.donor.source} and {other.source}"
             )
     output.writer.write(name, data)
 
@@ -628,7 +628,7 @@ def finish(
 ) -> None:
     """Configuration, tokenizer and card beside the weights; then everything to disk, and the rename."""
     donor = inputs.donor.folder
-    config = inputs.donor.config
+    config = dict(inputs.donor.config)
     if config:
         stored = dtype or {v: k for k, v in DTYPES.items()}.get(
             inputs.info(max(inputs.merged, key=lambda n: inputs.info(n).size)).dtype
@@ -750,6 +750,7 @@ def merge(
         from m2rl_kernels import delta_merge
 
         return delta_merge.merge_state_dicts(base, experts, method, dtype=dtype, threads=threads, **options)
+    passes.check_read(method, [name for name, value in options.items() if value is not None])
     chosen = recipe(method, len(experts), **options)
     merge_many(
         base,
@@ -850,6 +851,12 @@ def merge_many(
     inputs = open_for([r for r, _ in wanted], base, experts, dtype)
     outputs: list[Output] = []
     try:
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"device must be auto or cpu (files are merged on the CPU), got {device!r}")
+        if threads < 0:
+            raise ValueError(f"threads must be 0 (as many as the process may use) or more, got {threads}")
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
         for chosen, folder in wanted:
             outputs.append(
                 open_output(
@@ -860,7 +867,7 @@ def merge_many(
             summaries = stream(inputs, outputs, threads=threads, progress=progress)
         for output, summary in zip(outputs, summaries):
             finish(inputs, output, summary, dtype=dtype, overwrite=overwrite, sync=sync)
-    except InputError:
+    except ValueError:  # InputError too
         _discard(outputs)
         raise
     except OSError as error:
@@ -902,8 +909,7 @@ def parser() -> argparse.ArgumentParser:
         dest="lam",
         nargs="+",
         type=float,
-        default=[1.0],
-        help="factor of the merged task vector; several with --sweep",
+        help="factor of the merged task vector (1); several with --sweep",
     )
     p.add_argument(
         "--normalize",
@@ -918,7 +924,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--epsilon", type=float, help="della: half width of the keep probabilities (0.15); ram: smallest change (1e-5)"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, help="of random masks (0)")
     p.add_argument("--dtype", choices=list(DTYPES), help="type of the result (default: the base's, tensor by tensor)")
     p.add_argument(
         "--device",
@@ -950,9 +956,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing stands in --out; --resume continues", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -997,7 +1006,7 @@ def run(args: argparse.Namespace) -> None:
             Path(args.out),
             methods=args.method,
             densities=args.density or [1.0],
-            lambdas=args.lam,
+            lambdas=args.lam or [1.0],
             options=options,
             evaluate=args.evaluate,
             k=args.k,
@@ -1006,12 +1015,12 @@ def run(args: argparse.Namespace) -> None:
         )
         return
     for flag, values in (("--method", args.method), ("--lambda", args.lam)):
-        if len(values) > 1:
+        if values is not None and len(values) > 1:
             raise InputError(f"{flag} takes one value without --sweep, got {len(values)}")
-    density = args.density
-    if density is not None and len(density) == 1:
-        density = density[0]
-    chosen = recipe(args.method[0], len(args.experts), density=density, lam=args.lam[0], **options)
+    options["density"] = args.density[0] if args.density and len(args.density) == 1 else args.density
+    options["lam"] = args.lam and args.lam[0]
+    passes.check_read(args.method[0], [name for name, value in options.items() if value is not None])
+    chosen = recipe(args.method[0], len(args.experts), **options)
     started = time.monotonic()
     merge_many(args.base, args.experts, [(chosen, Path(args.out))], **shared)
     with contextlib.suppress(BrokenPipeError):

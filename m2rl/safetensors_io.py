@@ -70,11 +70,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(handle.read(length))
         except ValueError as error:
             raise InputError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path} is not a safetensors file: its header is a {type(header).__name__}, not a mapping")
     found, spans = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: tensor {name} must have dtype, shape and data_offsets, got {entry!r}") from None
         if dtype not in ITEM_BYTES:
             raise InputError(f"{path}: tensor {name} has dtype {dtype}, which is not known")
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -93,6 +98,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if begin < end:
             raise InputError(f"{path}: tensors {first} and {second} overlap")
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping, {} where there is no file. InputError names a file that is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON mapping, got a {type(content).__name__}")
+    return content
 
 
 def resolve_folder(model: str | os.PathLike) -> Path:
@@ -132,23 +150,37 @@ class Checkpoint:
     def __init__(self, model: str | os.PathLike) -> None:
         self.source = str(model)
         self.folder = resolve_folder(model)
-        self.tensors = {name: info for path in self._files() for name, info in read_header(path).items()}
+        self.config = read_json(self.folder / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        weight_map = self._weight_map()
+        for path in self._files(weight_map):
+            for name, info in read_header(path).items():
+                if name in self.tensors:
+                    raise InputError(f"{name} is in two files: {self.tensors[name].file} and {path}")
+                self.tensors[name] = info
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise InputError(f"{self.folder / INDEX} says that {file} holds {name}, which it does not")
         self.files = list(dict.fromkeys(info.file for info in self.tensors.values()))
         self.state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
         self._maps: dict[Path, tuple[mmap.mmap, int]] = {}
 
-    def _files(self) -> list[Path]:
+    def _weight_map(self) -> dict[str, str]:
+        """tensor -> file name, as the index says; {} where there is no index."""
         index = self.folder / INDEX
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError) as error:
-                raise InputError(f"{index} is not a safetensors index: {error!r}") from None
+        found = read_json(index).get("weight_map", {} if not index.is_file() else None)
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise InputError(f"{index} is not a safetensors index: it has no weight_map of file names")
+        return found
+
+    def _files(self, weight_map: Mapping[str, str]) -> list[Path]:
+        if weight_map:
+            names = sorted(set(weight_map.values()))
             missing = [n for n in names if not (self.folder / n).is_file()]
             if missing:
                 raise InputError(
-                    f"{index} names {missing[0]}, which does not exist ({len(missing)} of {len(names)} shards are "
-                    f"missing)"
+                    f"{self.folder / INDEX} names {missing[0]}, which does not exist "
+                    f"({len(missing)} of {len(names)} shards are missing)"
                 )
             return [self.folder / n for n in names]
         if (self.folder / SINGLE).is_file():
@@ -169,11 +201,6 @@ class Checkpoint:
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
             )
         raise InputError(f"{self.folder} has no safetensors weights")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
 
     def address(self, name: str) -> int:
         """Memory address of a tensor's first byte; it stays valid while this object lives."""

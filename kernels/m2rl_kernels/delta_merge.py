@@ -17,6 +17,7 @@ the argument.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -232,20 +233,25 @@ def merge_tensors(
     place = _device(like, backend, threads, chunk)
     if not chosen.needs_base:
         tensors = tensors.without_base()
-    (statistics,) = passes.gather(tensors, [chosen], device=place)
-    report = passes.apply(
-        tensors,
-        chosen,
-        statistics,
-        out_dtype=np.array([CODES[o.dtype] for o in out], np.int32),
-        addresses=np.array([o.data_ptr() for o in out], np.uint64),
-        device=place,
-    )
-    assert report.nonfinite is not None
+    with _current(like):
+        (statistics,) = passes.gather(tensors, [chosen], device=place)
+        report = passes.apply(
+            tensors,
+            chosen,
+            statistics,
+            out_dtype=np.array([CODES[o.dtype] for o in out], np.int32),
+            addresses=np.array([o.data_ptr() for o in out], np.uint64),
+            device=place,
+        )
+    assert report.nonfinite is not None and report.overflow is not None
     for t, who in np.argwhere(report.nonfinite).tolist():
         raise ValueError(
             f"tensor {names[t]} of {f'expert {who - 1}' if who else 'the base'} has {report.nonfinite[t, who]} NaN or "
             "infinite elements"
+        )
+    for t in np.flatnonzero(report.overflow).tolist():
+        raise ValueError(
+            f"tensor {names[t]}: {report.overflow[t]} merged elements overflow {out[t].dtype}; choose a wider dtype"
         )
     return list(out)
 
@@ -301,6 +307,12 @@ def _device(tensors: Sequence[Tensor], backend: str | None, threads: int, chunk:
     return Device("cuda", stream=torch.cuda.current_stream(tensors[0].device).cuda_stream, chunk=chunk)
 
 
+def _current(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager:
+    """The tensors' GPU as the current one: scratch is allocated where the stream runs."""
+    on_cuda = bool(tensors) and tensors[0].is_cuda
+    return torch.cuda.device(tensors[0].device) if on_cuda else contextlib.nullcontext()
+
+
 def topk_masks(
     base: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
@@ -316,7 +328,8 @@ def topk_masks(
     bases, expert_lists = _check(list(base), [list(e) for e in experts], names, chosen)
     assert bases is not None
     place = _device(bases, None, threads, chunk)
-    (s,) = passes.gather(as_tensors(bases, expert_lists, names), [chosen], device=place)
+    with _current(bases):
+        (s,) = passes.gather(as_tensors(bases, expert_lists, names), [chosen], device=place)
     if s.low is None:
         return [[torch.ones_like(x, dtype=torch.bool) for x in e] for e in expert_lists]
     key, cut = s.low
@@ -543,16 +556,24 @@ def _orthogonal(x: Tensor) -> Tensor:
 
 
 def spectral_from_bytes(
-    r: Recipe, shape: Sequence[int], tensors: Sequence[tuple[np.ndarray, int]], out_code: int
+    r: Recipe, shape: Sequence[int], tensors: Sequence[tuple[str, np.ndarray, int]], out_code: int
 ) -> np.ndarray:
-    """`spectral` on raw bytes (base first, with native dtype codes); raw bytes of the result."""
-    base, *experts = (torch.from_numpy(data.copy()).view(DTYPES[code]).reshape(tuple(shape)) for data, code in tensors)
-    merged = spectral(base.float(), experts, r).to(DTYPES[out_code])
-    if not torch.isfinite(merged).all():
+    """`spectral` of (label, raw bytes, native dtype code), base first; raw bytes [n] of the result.
+
+    ValueError names the label of an input that has NaN or infinite elements.
+    """
+    models = [torch.empty(tuple(shape), dtype=DTYPES[code]) for _, _, code in tensors]
+    for x, (_, data, _) in zip(models, tensors):
+        x.view(-1).view(torch.uint8).numpy()[:] = data
+    for (label, _, _), x in zip(tensors, models):
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise ValueError(f"{label} has {bad} NaN or infinite elements")
+    merged = spectral(models[0].float(), models[1:], r).to(DTYPES[out_code])
+    if bad := int((~torch.isfinite(merged)).sum()):
         raise ValueError(
-            f"{r.method} gives NaN or infinite elements for a tensor of shape {list(shape)}: check its inputs"
+            f"{bad} elements of {tensors[0][0]} overflow {DTYPES[out_code]} when merged: choose a wider type"
         )
-    return merged.contiguous().view(torch.uint8).reshape(-1).numpy()
+    return merged.reshape(-1).view(torch.uint8).numpy()
 
 
 # ---- state dicts and modules ----
@@ -591,7 +612,9 @@ def merge_state_dicts(
     for name, x in donor.items():
         if name not in out:
             if not all(torch.equal(x, s[name]) for s in states[1:]):
-                raise ValueError(f"{name} ({x.dtype}) is not a float tensor and differs between the models")
+                raise ValueError(
+                    f"{name} is {x.dtype}, which is copied and not merged, and it differs between the models"
+                )
             out[name] = x.clone()
     return {name: out[name] for name in donor}
 

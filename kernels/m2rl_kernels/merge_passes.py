@@ -18,7 +18,7 @@ import errno
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,6 +261,10 @@ def recipe(
     for name, allowed in CHOICES.items():
         if name in resolved and resolved[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {resolved[name]!r}")
+    if density is None and rule.filter in ("magnitude", "random", "ranked", "outliers"):
+        raise ValueError(f"density must be given for {method}: the fraction of each task vector that is kept")
+    if not -(2**63) <= resolved.get("seed", 0) < 2**63:
+        raise ValueError(f"seed must be a signed 64-bit integer, got {resolved['seed']}")
     share = _per_expert("weights", 1.0 if weights is None else weights, experts)
     keep = _per_expert("density", 1.0 if density is None else density, experts)
     check_density("density", keep)
@@ -284,6 +288,18 @@ def recipe(
                     f"got density {p}, epsilon {resolved['epsilon']}"
                 )
     return Recipe(method, experts, share, keep, preset=preset, **resolved)
+
+
+def check_read(method: str, given: Iterable[str]) -> None:
+    """ValueError for an option of `recipe` that this method does not read: it would change nothing, silently."""
+    rule = METHODS.get({"dare": "dare_linear", "dare_task_arithmetic": "dare_linear"}.get(method, method))
+    if rule is None:
+        return  # `recipe` says so
+    read = ["preset", "weights", "normalize", "compute_dtype", *rule.uses]
+    read += [] if method in ("average", "karcher") else ["lam"]
+    for name in given:
+        if name not in read:
+            raise ValueError(f"{method} does not read {name}; it reads {', '.join(read)}")
 
 
 def _per_expert(name: str, value: float | Sequence[float], experts: int) -> tuple[float, ...]:

@@ -397,15 +397,19 @@ def test_errors_name_the_argument_the_rule_and_the_value():
     with pytest.raises(ValueError, match="method must be one of average"):
         merge_tensors(base, experts, "magic")
     with pytest.raises(ValueError, match=r"experts\[1\]\[0\] must have shape \[10\], got \[9\]"):
-        merge_tensors(base, [experts[0], [experts[1][0][:9]]], "ties")
+        merge_tensors(base, [experts[0], [experts[1][0][:9]]], "sce")
     with pytest.raises(ValueError, match=r"must be float32, bfloat16 or float16, got torch\.float64"):
-        merge_tensors(base, [[experts[0][0].double()]], "ties")
+        merge_tensors(base, [[experts[0][0].double()]], "sce")
     with pytest.raises(ValueError, match="weights must be one number or one per expert"):
-        merge_tensors(base, experts, "ties", weights=[1.0])
+        merge_tensors(base, experts, "average", weights=[1.0])
     with pytest.raises(ValueError, match=r"unknown merge option 'densty'"):
         merge_tensors(base, experts, "ties", densty=0.2)
-    with pytest.raises(ValueError, match="base must be given for ties"):
-        merge_tensors(None, experts, "ties")
+    with pytest.raises(ValueError, match="density must be given for ties: the fraction"):
+        merge_tensors(base, experts, "ties")
+    with pytest.raises(ValueError, match="overflow torch.float16; choose a wider dtype"):
+        merge_tensors([torch.full((3,), 4e4)], [[torch.full((3,), 7e4)]], "average", dtype=torch.float16)
+    with pytest.raises(ValueError, match="base must be given for sce"):
+        merge_tensors(None, experts, "sce")
     experts[1][0][3] = float("nan")
     experts[1][0][4] = float("inf")
     for method in ("average", "ties", "sce", "dare_ties"):
@@ -433,7 +437,7 @@ def test_state_dicts_and_modules():
         dm.merge_state_dicts(states[0], states[1:], "task_arithmetic", lam=0.5)["w"], torch.full((3,), 0.5)
     )
     states[1]["n"] = torch.tensor([1, 3])
-    with pytest.raises(ValueError, match=r"n \(torch.int64\) is not a float tensor and differs"):
+    with pytest.raises(ValueError, match=r"n is torch.int64, which is copied and not merged, and it differs"):
         dm.merge_state_dicts(states[0], states[1:], "task_arithmetic")
 
 

@@ -136,8 +136,7 @@ def test_the_command_needs_no_torch_and_records_the_recipe(models, tmp_path):
                 *experts,
                 "--method",
                 method,
-                "--density",
-                "0.5",
+                *(["--density", "0.5"] if "density" in tool.METHODS[method].uses else []),
                 "--out",
                 tmp_path / method,
             ],
@@ -230,7 +229,10 @@ def test_non_float_tensors_are_copied_and_must_agree(models, tmp_path):
     out = tool.merge(base, experts, "ties", out=tmp_path / "out", density=0.5)
     assert torch.equal(load_file(out / "model.safetensors")["model.table"], torch.arange(7))
     write(experts[1], {**experts_t[1], "model.table": torch.arange(7) + 1})
-    with pytest.raises(InputError, match=r"model.table \(I64\) is not a float tensor and differs"):
+    with pytest.raises(
+        InputError,
+        match=r"model.table is I64, which is copied and not merged \(merged are F32, BF16, F16\), and it differs",
+    ):
         tool.merge(base, experts, "ties", out=tmp_path / "out2", density=0.5)
     assert not (tmp_path / "out2").exists() and not list(tmp_path.glob(".*"))
 
@@ -319,13 +321,42 @@ BAD = {
         lambda t, f: (f / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"hello"),
         "its header is not JSON",
     ),
+    "header that is a list": (
+        lambda t, f: (f / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"[1] "),
+        "its header is a list, not a mapping",
+    ),
+    "header entry": (
+        lambda t, f: (f / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"a":{}}'),
+        "tensor a must have dtype, shape and data_offsets",
+    ),
     "lora": (adapter, "is a LoRA adapter: merge it into its base model first"),
     "index": (lonely_index, "names model-00001-of-00001.safetensors, which does not exist"),
+    "index that is a list": (
+        lambda t, f: (f / "model.safetensors.index.json").write_text("[]"),
+        "index.json must hold a JSON mapping, got a list",
+    ),
+    "index that lies": (
+        lambda t, f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys([*t, "ghost"], "model.safetensors")})
+        ),
+        "index.json says that model.safetensors holds ghost, which it does not",
+    ),
+    "tensor in two files": (
+        lambda t, f: (
+            save_file(t, f / "again.safetensors"),
+            (f / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"x": "again.safetensors", "model.norm.weight": "model.safetensors"}})
+            ),
+        ),
+        "is in two files: .*again.safetensors and .*model.safetensors",
+    ),
+    "broken config": (lambda t, f: (f / "config.json").write_text("{oops"), "e1/config.json is not JSON"),
+    "broken tokenizer": (lambda t, f: (f / "tokenizer.json").write_text("{oops"), "e1/tokenizer.json is not JSON"),
     "bin": (only_bin, "has .bin weights: convert them"),
 }
 
 
-@pytest.mark.parametrize("method", ["average", "ties"])
+@pytest.mark.parametrize("method", ["average", "ties", "iso_c"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_error_and_nothing_is_written(models, tmp_path, capsys, case, method):
     base, experts, _, experts_t = models
@@ -339,8 +370,7 @@ def test_bad_input_is_one_error_and_nothing_is_written(models, tmp_path, capsys,
             *map(str, experts),
             "--method",
             method,
-            "--density",
-            "0.5",
+            *(["--density", "0.5"] if method == "ties" else []),
             "--out",
             str(tmp_path / "out"),
         ]
@@ -358,9 +388,15 @@ def test_bad_input_is_one_error_and_nothing_is_written(models, tmp_path, capsys,
     [
         (["--density", "0"], r"density must lie in (0, 1], got 0.0"),
         (["--density", "1.01"], r"density must lie in (0, 1], got 1.01"),
-        (["--weights", "1", "2"], "weights must be one number or one per expert (3), got 2"),
+        ([], "density must be given for ties: the fraction"),
+        (["--density", "0.5", "--epsilon", "0.1"], "ties does not read epsilon; it reads preset"),
+        (["--method", "average", "--density", "0.5"], "average does not read density; it reads preset"),
+        (["--density", "0.5", "--threads", "-1"], "threads must be 0 (as many as the process may use) or more, got -1"),
+        (["--density", "0.5", "--shard-bytes", "0"], "shard_bytes must be at least 1, got 0"),
+        (["--method", "dare_linear", "--density", "0.5", "--seed", str(2**63)], "seed must be a signed 64-bit integer"),
+        (["--density", "0.5", "--weights", "1", "2"], "weights must be one number or one per expert (3), got 2"),
         (["--lambda", "1", "2"], "--lambda takes one value without --sweep"),
-        (["--lambda", "nan"], "lam must be finite"),
+        (["--density", "0.5", "--lambda", "nan"], "lam must be finite"),
     ],
 )
 def test_bad_options(models, tmp_path, capsys, arguments, message):
@@ -384,6 +420,19 @@ def test_output_folder_is_protected(models, tmp_path):
     assert not (tmp_path / "out" / "precious").exists()
     with pytest.raises(InputError, match="neither a folder nor in the local hub cache"):
         tool.merge("someone/nothing-here", experts, "ties", out=tmp_path / "x", density=0.5)
+
+
+def test_scalars_and_empty_tensors_merge_with_every_method(tmp_path):
+    tensors = {"w": torch.randn(8, 4), "scalar": torch.tensor(1.0), "empty": torch.empty(0, 4)}
+    write(tmp_path / "b", {n: x.bfloat16() for n, x in tensors.items()})
+    for k in range(2):
+        write(tmp_path / f"e{k}", {n: (x + 0.1 * (k + 1)).bfloat16() for n, x in tensors.items()})
+    for method, rule in tool.METHODS.items():
+        options = {"density": 0.5} if "density" in rule.uses else {}
+        out = tool.merge(tmp_path / "b", [tmp_path / "e0", tmp_path / "e1"], method, out=tmp_path / method, **options)
+        assert {n: x.shape for n, x in load_file(out / "model.safetensors").items()} == {
+            n: x.shape for n, x in tensors.items()
+        }
 
 
 def test_float16_overflow_is_an_error(tmp_path):
@@ -438,8 +487,7 @@ def test_kill_9_leaves_no_half_checkpoint_and_resume_completes_it(models, tmp_pa
         *map(str, experts),
         "--method",
         method,
-        "--density",
-        "0.3",
+        *(["--density", "0.3"] if method == "ties" else []),
         "--out",
         str(tmp_path / "out"),
     ]
@@ -456,7 +504,7 @@ def test_kill_9_leaves_no_half_checkpoint_and_resume_completes_it(models, tmp_pa
     assert done.returncode == 0, done.stderr
     finished = {1: 1, 4: 4, -1: 6}[after]
     assert f"resuming: {finished - 1} of 6" in done.stderr or finished == 1
-    tool.merge(base, experts, method, out=tmp_path / "fresh", density=0.3)
+    tool.merge(base, experts, method, out=tmp_path / "fresh", **({"density": 0.3} if method == "ties" else {}))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "fresh" / "model.safetensors"
     ).read_bytes()
