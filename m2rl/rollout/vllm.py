@@ -28,12 +28,10 @@ import torch
 import torch.distributed as dist
 from m2rl_kernels.weight_sync import SyncPlan
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from m2rl.config import Config
-from m2rl.policy import full_parameters
+from m2rl.policy import full_parameters, local_shards
 from m2rl.rollout.engine import Finished, Request, sample_seed
 from m2rl.rollout.memory import GIB, free_cache, free_gib, kv_bytes_per_token
 from m2rl.rollout.watchdog import Watchdog, remove_stale_segments
@@ -391,17 +389,3 @@ class VllmEngine:
         self.cancel(list(self.requests))
         self.watchdog.close()
         self.sleep()
-
-
-def local_shards(policy: Any) -> tuple[dict[str, Tensor], dist.ProcessGroup | None]:
-    """Every parameter, sharded as it is, by its Hugging Face name, and the group over which dim 0 is sharded."""
-    group = None
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass without a backward the root's parameters are still whole
-    named = {}
-    for name, p in policy.model.named_parameters():
-        if isinstance(p, DTensor):
-            group = p.device_mesh.get_group(p.device_mesh.ndim - 1)  # HSDP: the last dimension shards
-        named[name.replace("_checkpoint_wrapped_module.", "")] = p.detach()
-    return named, group
