@@ -292,6 +292,20 @@ def full_parameters(policy: Policy) -> FullParameters:
     return FullParameters(policy)
 
 
+def local_shards(policy: Policy) -> tuple[dict[str, Tensor], dist.ProcessGroup | None]:
+    """Every parameter, sharded as it is, by its Hugging Face name, and the group over which dim 0 is sharded."""
+    group = None
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass without a backward the root's parameters are still whole
+    named = {}
+    for name, p in policy.model.named_parameters():
+        if isinstance(p, DTensor):
+            group = p.device_mesh.get_group(p.device_mesh.ndim - 1)  # HSDP: the last dimension shards
+        named[name.replace("_checkpoint_wrapped_module.", "")] = p.detach()
+    return named, group
+
+
 # Loading bars and notes on sharding plans that are not used would break into the run's own display.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

