@@ -1,7 +1,7 @@
 """Code: the program in the last fenced Python block passes every test, each run shut in by `sandbox`.
 
     spec  {"tests": {"inputs": [...], "outputs": [...]}}                     stdin text -> stdout text
-          {"tests": {"fn_name": "f", "inputs": [[args], ...], "outputs": [...]}}   calls of f, or of Solution().f;
+          {"tests": {"fn_name": "f", "inputs": [[args], ...], "outputs": [...]}}   calls of Solution().f, or of f;
                     inputs and outputs may also be JSON texts, one argument per line (LiveCodeBench)
           {"time_limit_s": 4, "max_tests": 50, "prelude": false}                   optional
 
