@@ -1,7 +1,7 @@
 """Code: the program in the last fenced Python block passes every test, each run shut in by `sandbox`.
 
     spec  {"tests": {"inputs": [...], "outputs": [...]}}                     stdin text -> stdout text
-          {"tests": {"fn_name": "f", "inputs": [[args], ...], "outputs": [...]}}   calls of f, or of Solution().f;
+          {"tests": {"fn_name": "f", "inputs": [[args], ...], "outputs": [...]}}   calls of Solution().f, or of f;
                     inputs and outputs may also be JSON texts, one argument per line (LiveCodeBench)
           {"time_limit_s": 4, "max_tests": 50, "prelude": false}                   optional
 
@@ -126,7 +126,7 @@ def subset(pairs: Sequence[tuple[Any, Any]], most: int) -> list[tuple[Any, Any]]
 
 # ---- the program in a response ---------------------------------------------------------------------------------------
 
-_OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*\{?\.?([\w+#.-]*)[^\n`]*$")
+_LANGUAGE = re.compile(r"[ \t]*\{?\.?([\w+#.-]*)")
 _QUOTE = re.compile(r"^\s*>\s?")
 _ONE_LINE = re.compile(r"^\s*(?:[-*\d.]+\s+)?```(?:(\w+)[ \t]+)?([^`]+)```\s*$")
 
@@ -156,15 +156,15 @@ def blocks(text: str, nested: bool = True) -> list[tuple[str, str]]:
         if (single := _ONE_LINE.match(line)) and single.group(2).strip():
             found.append(((single.group(1) or "").lower(), single.group(2) + "\n"))
             continue
-        opening = _OPENING.search(line)
-        if not opening:
+        start, fence = _opening(line)
+        if not fence:
             continue
-        before = line[: opening.start()].strip("-*+> \t0123456789.")
-        language = opening.group(2).lower()
+        before = line[:start].strip("-*+> \t0123456789.")
+        language = _LANGUAGE.match(line, start + len(fence)).group(1).lower()  # type: ignore[union-attr]
         if before and not _PYTHON.fullmatch(language) and not before.endswith(":"):
             continue  # backticks within a sentence
         quoted = line.lstrip().startswith(">")
-        fence, body = opening.group(1), list[str]()
+        body = list[str]()
         while i < len(lines):
             inner = _QUOTE.sub("", lines[i]) if quoted else lines[i]
             i += 1
@@ -180,6 +180,17 @@ def blocks(text: str, nested: bool = True) -> list[tuple[str, str]]:
             text_in = textwrap.dedent(text_in)
         found += blocks(text_in, False) if nested and language in ("markdown", "md") else [(language, text_in)]
     return found
+
+
+def _opening(line: str) -> tuple[int, str]:
+    """Where on a line a block opens, and its fence: the last run of backticks if they are three or more, else the first
+    run of tildes behind it (no backtick may follow); an empty fence if it opens none."""
+    end = line.rfind("`") + 1
+    start = len(line[:end].rstrip("`"))
+    if end - start < 3:
+        start = line.find("~~~", end)
+        end = len(line) - len(line[start:].lstrip("~")) if start >= 0 else start
+    return start, line[start:end]
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 Decided by the first that can: the same text; both plain numbers (exact, so 0.1 + 0.2 is 0.3 and 025 is 25); lists of
 plain numbers; math-verify for fractions against decimals, sets, intervals, tuples, percentages, symbols. Before lists
 and math-verify both sides are rewritten (`plain`): Unicode as LaTeX, pi, wrappers such as \\text{...}, units in words.
+Two of math-verify's verdicts are not kept: a set is no tuple or interval, and 1011_3 is not 1011_2. "3 or 4" is no 3.
 
 math-verify bounds itself with SIGALRM, which a main thread alone receives, and not inside one long C call: so it runs
 on the main thread of a worker process of `pool`, which kills the worker at its deadline. Elsewhere the status is
@@ -118,7 +119,7 @@ _UNICODE = str.maketrans(
     {c: rf"\frac{{{a}}}{{{b}}}" for c, a, b in zip("½⅓⅔¼¾⅕⅙⅛", "11213111", "23344568")}
     | {c: f"^{n}" for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {"−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "°": "^\\circ "}
-    | {"≤": "\\le ", "≥": "\\ge ", "≠": "\\neq ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset "}
+    | {"≤": "\\le ", "≥": "\\ge ", "≠": "\\neq ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "∈": "\\in "}
     | {"π": "\\pi ", "θ": "\\theta ", "∞": "\\infty "}
 )
 _WRAPPED = re.compile(
@@ -148,6 +149,8 @@ _WITH_UNIT = re.compile(r"(.*[0-9})])(?:\s|\\ |\\,|~){1,3}([A-Za-z][A-Za-z. /^0-
 def plain(text: str) -> str:
     """An answer in the one spelling of the many that are compared: Unicode as LaTeX, no wrapper, no unit in words."""
     text = text.translate(_UNICODE)
+    if text.count("$") == 2 and "\\$" not in text:  # "$12$ apples"
+        text = text.replace("$", "")
     if lead := _LEAD.match(text):
         text = text[lead.end() :]
     while wrapped := _WRAPPED.match(text):

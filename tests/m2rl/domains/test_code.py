@@ -90,6 +90,13 @@ def test_thousands_of_fences_are_read_in_linear_time(piece):
     code.program(piece * 20_000)  # one inside the other they would nest too deep
 
 
+@pytest.mark.parametrize(
+    "line", ["~" * 50_000 + "`", "~~~ " * 50_000 + "`", "`~" * 50_000, "``` " * 50_000, "> " * 50_000]
+)
+def test_a_long_line_is_read_in_linear_time(line):
+    assert code.program(line) is None
+
+
 @given(st.text(alphabet="`~\n py{}.#x>md", max_size=80))
 def test_blocks_never_fails(text):
     assert all(isinstance(body, str) for _, body in code.blocks(text))

@@ -65,7 +65,7 @@ def test_calls_return_json_values_in_order(box):
     ],
 )
 def test_how_programs_end(best, source, end):
-    outcome = best.run(source, stdin="", cpu_s=1, wall_s=6)
+    outcome = best.run(source, stdin="", cpu_s=1, wall_s=30)  # a loaded machine is slow to fill a gigabyte
     assert outcome.end == end
     assert best.run("print(1)", stdin="").out == "1\n"  # the next one is not touched
 
