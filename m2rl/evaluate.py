@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -339,7 +340,7 @@ def evaluation_config(o: argparse.Namespace, wanted: Sequence[str]) -> Config:
     rollout, e = config.rollout, config.evaluation
     if o.engine:
         rollout = dataclasses.replace(rollout, engine=o.engine)
-    if o.temperature >= 0:
+    if o.temperature is not None:
         e = dataclasses.replace(e, temperature=o.temperature)
     if o.max_new_tokens:
         e = dataclasses.replace(e, max_new_tokens=o.max_new_tokens)
@@ -357,6 +358,8 @@ def check_options(o: argparse.Namespace, wanted: Sequence[str]) -> None:
         raise InputError(f"--model {twice} is given twice")
     if o.k < 0 or o.limit < 0 or o.max_new_tokens < 0:
         raise InputError("--k, --limit and --max-new-tokens must not be negative")
+    if o.temperature is not None and not 0 <= o.temperature < math.inf:
+        raise InputError(f"--temperature must be at least 0, got {o.temperature}")
     o.files = {}
     for item in o.data_file:
         name, equals, path = item.partition("=")
@@ -379,11 +382,11 @@ def run(o: argparse.Namespace, wanted: Sequence[str], config: Config, device: to
     evaluator, family, tasks = None, "", list[Benchmark]()
     try:
         for model in o.model:
-            name = model_name(model, table.scores)
-            if evaluator is None or family != architecture_key(model):
+            name, key = model_name(model, table.scores), architecture_key(model)
+            if evaluator is None or key != family:
                 if evaluator is not None:
                     evaluator.close()
-                family = architecture_key(model)
+                family = key
                 evaluator = Evaluator(model, config, device=device, whole_device=not o.config)
                 tasks = [evaluator.benchmark(n, **task_options(o, n)) for n in wanted]
                 if any(p.domain == "code" for b in tasks for p in b.prompts):  # refused now, not after hours
