@@ -305,7 +305,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument(
         "--temperature",
         type=float,
-        default=-1.0,
+        metavar="T",
         help=f"default: {benchmarks.PAPER_TEMPERATURE}, the whole distribution",
     )
     sampling.add_argument(
