@@ -278,7 +278,7 @@ PRESETS = {
     ),
 }
 PAPER_MAX_NEW_TOKENS = 32768
-PAPER_TEMPERATURE = 1.0
+PAPER_TEMPERATURE = 1.0  # of its evaluations during training; that of the final ones is not published
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -389,7 +389,6 @@ def departures(benchmark: Benchmark) -> str:
         ("problems", len(benchmark.prompts), preset.problems or len(benchmark.prompts)),
         ("K", benchmark.k, preset.k),
         ("tokens", benchmark.max_new_tokens, PAPER_MAX_NEW_TOKENS),
-        ("temperature", benchmark.temperature, PAPER_TEMPERATURE),
     )
     odd = [f"{name} {mine:,} (the paper's {paper:,})" for name, mine, paper in pairs if mine != paper]
     return f"not the paper's setting: {', '.join(odd)}" if odd else ""

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import time
@@ -304,7 +305,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument(
         "--temperature",
         type=float,
-        default=-1.0,
+        metavar="T",
         help=f"default: {benchmarks.PAPER_TEMPERATURE}, the whole distribution",
     )
     sampling.add_argument(
@@ -320,7 +321,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluation_config(
-    wanted: Sequence[str], named: str = "", engine: str = "", temperature: float = -1.0, max_new_tokens: int = 0
+    wanted: Sequence[str], named: str = "", engine: str = "", temperature: float | None = None, max_new_tokens: int = 0
 ) -> Config:
     """The config that was named; the built-in model's if only embedded domains are asked; else the paper's budget."""
     embedded = all(name in procedural.DOMAINS for name in wanted)
@@ -342,7 +343,7 @@ def evaluation_config(
     rollout, e = config.rollout, config.evaluation
     if engine:
         rollout = dataclasses.replace(rollout, engine=engine)
-    if temperature >= 0:
+    if temperature is not None:
         e = dataclasses.replace(e, temperature=temperature)
     if max_new_tokens:
         e = dataclasses.replace(e, max_new_tokens=max_new_tokens)
@@ -360,6 +361,8 @@ def check_options(o: argparse.Namespace, wanted: Sequence[str]) -> None:
         raise InputError(f"--model {twice} is given twice")
     if o.k < 0 or o.limit < 0 or o.max_new_tokens < 0:
         raise InputError("--k, --limit and --max-new-tokens must not be negative")
+    if o.temperature is not None and not 0 <= o.temperature < math.inf:
+        raise InputError(f"--temperature must be at least 0, got {o.temperature}")
     o.files = {}
     for item in o.data_file:
         name, equals, path = item.partition("=")
@@ -382,11 +385,11 @@ def run(o: argparse.Namespace, wanted: Sequence[str], config: Config, device: to
     evaluator, family, tasks = None, "", list[Benchmark]()
     try:
         for model in o.model:
-            name = model_name(model, table.scores)
-            if evaluator is None or family != architecture_key(model):
+            name, key = model_name(model, table.scores), architecture_key(model)
+            if evaluator is None or key != family:
                 if evaluator is not None:
                     evaluator.close()
-                family = architecture_key(model)
+                family = key
                 evaluator = Evaluator(model, config, device=device, whole_device=not o.config)
                 tasks = [evaluator.benchmark(n, **task_options(o, n)) for n in wanted]
                 if any(p.domain == "code" for b in tasks for p in b.prompts):  # refused now, not after hours

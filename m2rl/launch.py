@@ -40,7 +40,7 @@ def process_group(threads: int, always: bool = False) -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        if started and dist.is_initialized():
+        if started and dist.is_initialized() and "vllm" not in sys.modules:  # vLLM ends the groups itself, at exit
             dist.destroy_process_group()
 
 

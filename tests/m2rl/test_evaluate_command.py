@@ -190,6 +190,7 @@ def test_other_settings_do_not_mix_with_the_samples_of_a_folder(done, models, tm
         (["--model", "/nowhere"], "model /nowhere: not a Hugging Face model folder or id"),
         (["--model", "a/b", "a/b"], "--model a/b is given twice"),
         (["--k", "-1"], "must not be negative"),
+        (["--temperature", "-0.5"], "--temperature must be at least 0, got -0.5"),
         (["--benchmarks", ","], "names none"),
     ],
 )
