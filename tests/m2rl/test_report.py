@@ -198,6 +198,7 @@ def test_values_show_under_the_pointer_and_series_hide(chromium, study):
     page = chromium.open(study / "report.html")
     mark = "document.querySelector('figure[data-name=\"averages\"] circle')"
     page.evaluate(mark + ".scrollIntoView({block: 'center', behavior: 'instant'})")
+    page.evaluate("new Promise(done => setTimeout(done, 300))")  # scrolling hides what was shown before it
     x, y = page.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({mark}.getBoundingClientRect())")
     page.call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
     tip = page.evaluate('document.getElementById("tip").hidden ? "" : document.getElementById("tip").textContent')
