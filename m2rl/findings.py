@@ -70,7 +70,12 @@ def read(folder: str | Path, models: Sequence[str], seed: int = 0) -> Seed:
     samples = read_folder(folder / "samples", models, tokens=False)
     rewards = {m: rewards_of(s) for m, s in samples.items()}
     check_rewards(rewards)
-    analyses = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / "analysis").glob("*.json"))}
+    analyses = {}
+    for path in sorted((folder / "analysis").glob("*.json")):
+        try:
+            analyses[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{path} is not valid JSON: run its stage again") from None
     domain_of = {s.prompt.id: s.prompt.domain for s in next(iter(samples.values()))}
     return Seed(seed, samples, rewards, domain_of, analyses, folder)
 
@@ -99,6 +104,11 @@ class Comparison:
     def __init__(self, seeds: Sequence[Seed], models: Sequence[str], domains: Sequence[str], base: str = "sft"):
         if not seeds:
             raise InputError("a report needs the results of at least one seed, got none")
+        missing = [m for m in (base, *domains, "mixed", "distill") if m not in models]
+        if missing or len(set(models)) < len(domains) + 4:
+            raise InputError(
+                f"a report compares with {missing[0] if missing else 'at least one merge'}, which is missing"
+            )
         self.seeds, self.models, self.domains, self.base = list(seeds), list(models), list(domains), base
         self.merges = [m for m in models if m not in (base, "mixed", "distill", *domains)]
         self._points: list[dict[tuple[str, str], float]] = []  # of each seed: model and benchmark -> Avg@K

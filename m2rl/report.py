@@ -599,6 +599,7 @@ def analysis(c: Comparison, page: _Page, name: str) -> str:
         captions = captions | {
             "map": "The models in the plane that holds most of their updates: the base is the origin, and the distance "
             "from it the size of an update, as far as the plane shows it."
+            + (f" Seed {c.seeds[0].seed} alone." if len(c.seeds) > 1 else "")
         }
     seeds = f" Mean over {len(c.seeds)} seeds." if len(c.seeds) > 1 else ""
     out, grid, more = [f"<p>{e(lead)}{e(seeds)}</p>"], [], []
@@ -684,7 +685,8 @@ def mean_figure(figures: Sequence[Figure]) -> Figure | None:
             continue
         ends = [findings.t_interval([m.y[j] for m in mine]) for j in range(len(s.y))]
         mean, low, high = ([v[k] for v in ends] for k in (0, 1, 2))
-        series.append(Series(s.name, s.x, mean, low, high))
+        stacked = first.kind == "stacked"  # their ends are sums of parts: an interval has no place there
+        series.append(Series(s.name, s.x, mean, *(() if stacked else (low, high))))
     return chart(first.name, first.kind, first.title, series, x_title=first.x_title, y_title=first.y_title)
 
 
