@@ -202,7 +202,7 @@ def over(x: Estimate) -> str:
 def interval(c: Comparison) -> str:
     """How the intervals of this report were made, in words."""
     if len(c.seeds) > 1:
-        return f"means over {len(c.seeds)} seeds, 95% Student t intervals over seeds"
+        return f"95% Student t intervals over {len(c.seeds)} seeds"
     return "95% bootstrap intervals over held-out problems"
 
 
@@ -230,7 +230,7 @@ def answer(c: Comparison) -> str:
     word = "Mix." if d.low > 0 else "Merge." if d.high < 0 else "Too close to call."
     verdict = "is ahead of" if d.low > 0 else "is behind" if d.high < 0 else "is not distinguishable from"
     notes = [f"Avg@{_k(c)} in points, {interval(c)} ({over(d)})."]
-    notes.append(f"The merge was picked on these same problems out of {many}, which flatters it.")
+    notes.append("The best merge is the one with the highest score on these same problems, which flatters it.")
     if ties and best != "ties":
         notes.append(f"Against TIES, the paper's choice, mixing gives {percent(ties, '+')}.")
     return (
@@ -281,7 +281,8 @@ def scores(c: Comparison, page: _Page) -> str:
         line=100 * at["mixed", None].value if "mixed" in c.models else None,
     )
     return (
-        f"<p>Avg@{_k(c)} in %: the mean reward of {_k(c)} samples at temperature 1 on each held-out problem "
+        f"<p>Avg@{_k(c)} in %{', mean over seeds' if len(c.seeds) > 1 else ''}: the mean reward of {_k(c)} samples at "
+        f"temperature 1 on each held-out problem "
         f"({e(counts)} problems). Small type: {interval(c)}. Bold: the highest of a column, which need not "
         "be significant.</p>"
         + table(["model", *(_title(b) for b in c.benchmarks), "average"], rows)
@@ -289,7 +290,7 @@ def scores(c: Comparison, page: _Page) -> str:
             dots,
             f"All {len(order)} models by their unweighted mean over {len(c.domains)} domains; the dashed line is the "
             "mixed run.",
-            f"{interval(c).capitalize()}; {over(at[order[0], None])}.",
+            f"{interval(c)}; {over(at[order[0], None])}.",
         )
         + published(c)
     )
@@ -364,7 +365,7 @@ def checks(c: Comparison, checked: Sequence[Finding], page: _Page) -> str:
             figure,
             "Every finding that is a difference of scores: what was measured here, and the same expression of the "
             "paper's table.",
-            f"{interval(c).capitalize()}; the paper gives no intervals and has other benchmarks. Tests: below.",
+            f"{interval(c)}; the paper gives no intervals and has other benchmarks. Tests: below.",
         )
         + f"<ul class=findings>{items[False]}</ul><h3>What this repository promises of its own study</h3>"
         + f"<ul class=findings>{items[True]}</ul>"
@@ -440,7 +441,7 @@ def merging(c: Comparison, page: _Page) -> str:
         page.figure(
             against,
             "Each merge, and the distilled model, against the mixed run: to the right of the line it is better.",
-            f"Differences are paired: the same problems, {interval(c)} ({over(found[order[0]])}).",
+            f"Differences are paired on problems and seeds; {interval(c)}, {over(found[order[0]])}.",
         )
         + page.figure(
             heat,

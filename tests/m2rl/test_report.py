@@ -143,7 +143,7 @@ def test_seeds_are_joined_into_means_over_seeds(study, tmp_path, accuracy):
     second = small_study.make(tmp_path / "1", seed=1)
     report.write(tmp_path, MODELS, DOMAINS, SETTINGS, {0: study, 1: second})
     page = (tmp_path / "report.html").read_text()
-    assert "n = 2 seeds" in text(section(page, "answer")) and "Student t intervals over seeds" in page
+    assert "n = 2 seeds" in text(section(page, "answer")) and "Student t intervals over 2 seeds" in page
     other = [json.loads(line) for line in (second / "samples" / "mixed.jsonl").read_text().splitlines()]
     joined = (np.mean(list(accuracy["mixed"].values())) + np.mean([r["reward"] for r in other])) / 2
     assert f"One mixed run reaches {100 * joined:.1f} [" in text(section(page, "answer")).replace(" <b>", "")
