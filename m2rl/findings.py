@@ -1,8 +1,9 @@
 """What the study's numbers say, each with its interval: averages, differences, gains kept, and the paper's findings.
 
-    at(m, d)      Avg@K of model m on domain d; at(m) its unweighted mean over the domains
+    at(m, b)      Avg@K of model m on benchmark b; at(m, d) of a domain is the unweighted mean of its benchmarks, at(m)
+                  of all benchmarks. The embedded study has one benchmark per domain, of the same name.
     estimate(f)   f(at) with a 95% interval: f is any expression of such numbers, differences and ratios included
-                  one seed       percentile bootstrap over held-out problems, each domain resampled by itself; all
+                  one seed       percentile bootstrap over held-out problems, each benchmark by itself; all
                                  models see the same problems, so differences and ratios are paired
                   several seeds  mean over seeds, Student's t interval over seeds: training and problems both vary
 
@@ -25,9 +26,9 @@ import numpy as np
 
 from m2rl.analyze.output import PAPER, Analysis
 from m2rl.analyze.samples import read_folder
-from m2rl.analyze.skills import check_rewards, domain_of, passes, rewards_of
-from m2rl.published import PUBLISHED
-from m2rl.scores import Score, score
+from m2rl.analyze.skills import check_rewards, passes, rewards_of
+from m2rl.analyze.skills import domain_of as benchmark_of
+from m2rl.published import NINE, PUBLISHED
 from m2rl.types import InputError, Sample
 
 RESAMPLES = 4000
@@ -41,10 +42,10 @@ PAPER_NAMES = {  # our name -> the paper's
     **{"mixed": "RL_Multi", "distill": "MT-OPD", "average": "Average", "ta": "TA", "ties": "TIES", "sce": "SCE"},
     **{"dare_ta": "TA+DARE", "dare_ties": "TIES+DARE"},
 }
-PAPER_BENCHMARKS = {
+PAPER_BENCHMARKS = {  # by the domain of their problems
     "math": ("aime24", "aime25"),
     "code": ("lcb_v5", "lcb_v6"),
-    "science": ("gpqa_diamond", "hle"),
+    "science": ("hle", "gpqa_diamond", "mmlu_redux"),
     "if": ("ifeval", "ifbench"),
 }
 
@@ -58,7 +59,7 @@ class Seed:
     seed: int
     samples: dict[str, list[Sample]]
     rewards: dict[str, dict[str, np.ndarray]]  # model -> problem -> [K]
-    scores: dict[str, dict[str, Score]]
+    domain_of: dict[str, str]  # problem -> domain
     analyses: dict[str, dict[str, Any]]
     folder: Path
 
@@ -69,8 +70,14 @@ def read(folder: str | Path, models: Sequence[str], seed: int = 0) -> Seed:
     samples = read_folder(folder / "samples", models, tokens=False)
     rewards = {m: rewards_of(s) for m, s in samples.items()}
     check_rewards(rewards)
-    analyses = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted((folder / "analysis").glob("*.json"))}
-    return Seed(seed, samples, rewards, {m: score(s) for m, s in samples.items()}, analyses, folder)
+    analyses = {}
+    for path in sorted((folder / "analysis").glob("*.json")):
+        try:
+            analyses[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{path} is not valid JSON: run its stage again") from None
+    domain_of = {s.prompt.id: s.prompt.domain for s in next(iter(samples.values()))}
+    return Seed(seed, samples, rewards, domain_of, analyses, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,33 +104,44 @@ class Comparison:
     def __init__(self, seeds: Sequence[Seed], models: Sequence[str], domains: Sequence[str], base: str = "sft"):
         if not seeds:
             raise InputError("a report needs the results of at least one seed, got none")
+        missing = [m for m in (base, *domains, "mixed", "distill") if m not in models]
+        if missing or len(set(models)) < len(domains) + 4:
+            raise InputError(
+                f"a report compares with {missing[0] if missing else 'at least one merge'}, which is missing"
+            )
         self.seeds, self.models, self.domains, self.base = list(seeds), list(models), list(domains), base
         self.merges = [m for m in models if m not in (base, "mixed", "distill", *domains)]
-        self._points: list[dict[tuple[str, str], float]] = []  # of each seed
-        self._draws: list[tuple[str, np.ndarray, dict[str, np.ndarray]]] = []  # domain, [R, P] counts, model -> [R]
+        self._points: list[dict[tuple[str, str], float]] = []  # of each seed: model and benchmark -> Avg@K
+        self._draws: dict[tuple[str, str], np.ndarray] = {}  # of one seed: [R]
+        self._counts: list[np.ndarray] = []  # of one seed, by benchmark: [R, P] how often each problem was drawn
+        first = self.seeds[0]
+        self.domain_of = {benchmark_of(p): d for p, d in first.domain_of.items() if d in self.domains}
+        self.benchmarks = sorted(self.domain_of, key=lambda b: self.domains.index(self.domain_of[b]))
+        self.of = {d: [b for b in self.benchmarks if self.domain_of[b] == d] for d in self.domains}
+        self.problems = {b: [p for p in first.rewards[base] if benchmark_of(p) == b] for b in self.benchmarks}
+        self.k = {b: len(first.rewards[base][self.problems[b][0]]) for b in self.benchmarks}
         rng = np.random.default_rng(0)
-        self.problems: dict[str, list[str]] = {}
         for s in self.seeds:
             point: dict[tuple[str, str], float] = {}
             for d in self.domains:
-                ids = [p for p in s.rewards[base] if domain_of(p) == d]
-                if not ids:
+                if d not in s.domain_of.values():
                     raise InputError(f"seed {s.seed} has no scored problems of domain {d}")
+            for b in self.benchmarks:
+                ids = [p for p in s.rewards[base] if benchmark_of(p) == b]
                 x = {m: np.array([s.rewards[m][p].mean() for p in ids]) for m in self.models}
-                point |= {(m, d): float(v.mean()) for m, v in x.items()}
+                point |= {(m, b): float(v.mean()) for m, v in x.items()}
                 if len(self.seeds) == 1:
                     counts = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=RESAMPLES)
-                    self._draws.append((d, counts, {m: counts @ v / len(ids) for m, v in x.items()}))
-                    self.problems[d] = ids
+                    self._draws |= {(m, b): counts @ v / len(ids) for m, v in x.items()}
+                    self._counts.append(counts)
             self._points.append(point)
         self.best_merge = max(self.merges, key=lambda m: self.mean(m).value) if self.merges else ""
 
     def _at(self, point: Mapping[tuple[str, str], Any], used: set[str]) -> At:
-        def at(model: str, domain: str | None = None) -> Any:
-            used.update([domain] if domain else self.domains)
-            if domain:
-                return point[model, domain]
-            return sum(point[model, d] for d in self.domains) / len(self.domains)
+        def at(model: str, where: str | None = None) -> Any:
+            mine = self.benchmarks if where is None else self.of.get(where) or [where]
+            used.update(mine)
+            return sum(point[model, b] for b in mine) / len(mine)
 
         return at
 
@@ -132,22 +150,22 @@ class Comparison:
         values = [float(f(self._at(p, used))) for p in self._points]
         if len(values) > 1:
             return Estimate(*t_interval(values), len(values), "seeds")
-        drawn = f(self._at({(m, d): v for d, _, by in self._draws for m, v in by.items()}, used))
+        drawn = f(self._at(self._draws, used))
         # a ratio has no value in a draw whose denominator is not positive
         low, high = np.nanquantile(np.broadcast_to(np.asarray(drawn, dtype=np.float64), (RESAMPLES,)), [0.025, 0.975])
-        return Estimate(values[0], float(low), float(high), sum(len(self.problems[d]) for d in used), "problems")
+        return Estimate(values[0], float(low), float(high), sum(len(self.problems[b]) for b in used), "problems")
 
     def over_sets(self, f: Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]) -> Estimate:
         """f(solved, weights_RP) -> [R]; solved: model -> [P] bool of the problems it passes (majority of its samples),
         weights: how often each problem counts in each draw. For statistics of sets, which are no means."""
         results = []
         for s in self.seeds:
-            ids = [p for d in self.domains for p in s.rewards[self.base] if domain_of(p) == d]
+            ids = [p for b in self.benchmarks for p in s.rewards[self.base] if benchmark_of(p) == b]
             solved = {m: np.array([passes(s.rewards[m][p]) for p in ids]) for m in self.models}
             results.append(float(f(solved, np.ones((1, len(ids))))[0]))
         if len(results) > 1:
             return Estimate(*t_interval(results), len(results), "seeds")
-        weights = np.concatenate([counts for _, counts, _ in self._draws], axis=1)
+        weights = np.concatenate(self._counts, axis=1)
         low, high = np.nanquantile(f(solved, weights), [0.025, 0.975])
         return Estimate(results[0], float(low), float(high), len(ids), "problems")
 
@@ -184,14 +202,11 @@ class Comparison:
 
 
 def paper_value(f: Callable[[At], Any]) -> float | None:
-    """The same expression of the paper's table: a domain is the mean of its two benchmarks; None where it has none."""
+    """The same expression of the paper's table: a domain is the mean of its benchmarks; None where it has none."""
 
     def at(model: str, domain: str | None = None) -> float:
         row = PUBLISHED[PAPER_NAMES[model]]
-        return (
-            float(np.mean([row[b] for d in ([domain] if domain else PAPER_BENCHMARKS) for b in PAPER_BENCHMARKS[d]]))
-            / 100
-        )
+        return float(np.mean([row[b] for b in (PAPER_BENCHMARKS[domain] if domain else NINE)])) / 100
 
     try:
         return float(f(at))
@@ -633,7 +648,7 @@ def analysis(c: Comparison, found: Sequence[Finding]) -> Analysis:
             "does not hold": "the whole interval is on the other side",
             "undecided": "the interval holds both",
             "comparable": f"the whole interval lies within ±{100 * MARGIN:g} points",
-            "paper": "the same expression of the paper's published table; a domain is the mean of its two benchmarks",
+            "paper": "the same expression of the paper's published table; a domain is the mean of its benchmarks",
         },
         f"Findings: {PAPER}. Tests and margins: ours.",
         {

@@ -202,7 +202,7 @@ def over(x: Estimate) -> str:
 def interval(c: Comparison) -> str:
     """How the intervals of this report were made, in words."""
     if len(c.seeds) > 1:
-        return f"means over {len(c.seeds)} seeds, 95% Student t intervals over seeds"
+        return f"95% Student t intervals over {len(c.seeds)} seeds"
     return "95% bootstrap intervals over held-out problems"
 
 
@@ -230,7 +230,7 @@ def answer(c: Comparison) -> str:
     word = "Mix." if d.low > 0 else "Merge." if d.high < 0 else "Too close to call."
     verdict = "is ahead of" if d.low > 0 else "is behind" if d.high < 0 else "is not distinguishable from"
     notes = [f"Avg@{_k(c)} in points, {interval(c)} ({over(d)})."]
-    notes.append(f"The merge was picked on these same problems out of {many}, which flatters it.")
+    notes.append("The best merge is the one with the highest score on these same problems, which flatters it.")
     if ties and best != "ties":
         notes.append(f"Against TIES, the paper's choice, mixing gives {percent(ties, '+')}.")
     return (
@@ -244,24 +244,25 @@ def answer(c: Comparison) -> str:
     )
 
 
-def _k(c: Comparison) -> int:
-    return next(iter(c.seeds[0].scores[c.base].values())).k
+def _k(c: Comparison) -> str:
+    """K, or the K of every benchmark."""
+    found = list(dict.fromkeys(c.k.values()))
+    return str(found[0]) if len(found) == 1 else " or ".join(map(str, sorted(found)))
 
 
 def scores(c: Comparison, page: _Page) -> str:
     """The table of all models, and the averages as a figure."""
-    at = {(m, d): c.mean(m, d) for m in c.models for d in (*c.domains, None)}
-    top = {d: max(at[m, d].value for m in c.models) for d in (*c.domains, None)}
+    at = {(m, d): c.mean(m, d) for m in c.models for d in (*c.benchmarks, None)}
+    top = {d: max(at[m, d].value for m in c.models) for d in (*c.benchmarks, None)}
     rows: list[list[str]] = []
     for title, models in groups(c):
         if models:
             rows.append([e(title)])
         rows += [
-            [swatch(m, c.models), *(cell(at[m, d], at[m, d].value == top[d]) for d in (*c.domains, None))]
+            [swatch(m, c.models), *(cell(at[m, d], at[m, d].value == top[d]) for d in (*c.benchmarks, None))]
             for m in models
         ]
-    problems = {d: c.seeds[0].scores[c.base][d].problems for d in c.domains}
-    counts = ", ".join(f"{d} {n}" for d, n in problems.items())
+    counts = ", ".join(f"{_title(b)} {len(c.problems[b])}" for b in c.benchmarks)
     order = sorted(c.models, key=lambda m: at[m, None].value, reverse=True)
     dots = chart(
         "averages",
@@ -280,24 +281,29 @@ def scores(c: Comparison, page: _Page) -> str:
         line=100 * at["mixed", None].value if "mixed" in c.models else None,
     )
     return (
-        f"<p>Avg@{_k(c)} in %: the mean reward of {_k(c)} samples at temperature 1 on each held-out problem "
+        f"<p>Avg@{_k(c)} in %{', mean over seeds' if len(c.seeds) > 1 else ''}: the mean reward of {_k(c)} samples at "
+        f"temperature 1 on each held-out problem "
         f"({e(counts)} problems). Small type: {interval(c)}. Bold: the highest of a column, which need not "
         "be significant.</p>"
-        + table(["model", *c.domains, "average"], rows)
+        + table(["model", *(_title(b) for b in c.benchmarks), "average"], rows)
         + page.figure(
             dots,
             f"All {len(order)} models by their unweighted mean over {len(c.domains)} domains; the dashed line is the "
             "mixed run.",
-            f"{interval(c).capitalize()}; {over(at[order[0], None])}.",
+            f"{interval(c)}; {over(at[order[0], None])}.",
         )
         + published(c)
     )
 
 
+def _title(benchmark: str) -> str:
+    return BENCHMARK_TITLES.get(benchmark, benchmark)
+
+
 def published(c: Comparison) -> str:
     """The paper's table: beside ours where the benchmark is the same, else by itself."""
     names = {m: findings.PAPER_NAMES[m] for m in c.models if m in findings.PAPER_NAMES}
-    same = [d for d in c.domains if d in NINE]
+    same = [b for b in c.benchmarks if b in NINE]
     if same:
         rows = []
         for m, theirs in names.items():
@@ -307,7 +313,7 @@ def published(c: Comparison) -> str:
                 paper = PUBLISHED[theirs][d]
                 row.append(f"<td>{percent(ours)}<small>paper {paper:.2f}, {100 * ours.value - paper:+.2f}</small></td>")
             rows.append(row)
-        return "<h3>Ours beside the paper's</h3>" + table(["model", *(BENCHMARK_TITLES[d] for d in same)], rows)
+        return "<h3>Ours beside the paper's</h3>" + table(["model", *(_title(d) for d in same)], rows)
     rows = []
     for m, theirs in names.items():
         numbers = [PUBLISHED[theirs][b] for b in NINE]
@@ -316,7 +322,7 @@ def published(c: Comparison) -> str:
         "<details class=more><summary>The paper's own table (Qwen3-4B, nine benchmarks)</summary>"
         f"<p class=dim>{e(PAPER)}, version 1. Other benchmarks than ours, so cells do not compare; the checks below "
         "apply the same expression to both tables. The paper gives no intervals.</p>"
-        + table(["model", *(BENCHMARK_TITLES[b] for b in NINE), "mean"], rows)
+        + table(["model", *(_title(b) for b in NINE), "mean"], rows)
         + "</details>"
     )
 
@@ -359,7 +365,7 @@ def checks(c: Comparison, checked: Sequence[Finding], page: _Page) -> str:
             figure,
             "Every finding that is a difference of scores: what was measured here, and the same expression of the "
             "paper's table.",
-            f"{interval(c).capitalize()}; the paper gives no intervals and has other benchmarks. Tests: below.",
+            f"{interval(c)}; the paper gives no intervals and has other benchmarks. Tests: below.",
         )
         + f"<ul class=findings>{items[False]}</ul><h3>What this repository promises of its own study</h3>"
         + f"<ul class=findings>{items[True]}</ul>"
@@ -435,7 +441,7 @@ def merging(c: Comparison, page: _Page) -> str:
         page.figure(
             against,
             "Each merge, and the distilled model, against the mixed run: to the right of the line it is better.",
-            f"Differences are paired: the same problems, {interval(c)} ({over(found[order[0]])}).",
+            f"Differences are paired on problems and seeds; {interval(c)}, {over(found[order[0]])}.",
         )
         + page.figure(
             heat,
@@ -594,6 +600,7 @@ def analysis(c: Comparison, page: _Page, name: str) -> str:
         captions = captions | {
             "map": "The models in the plane that holds most of their updates: the base is the origin, and the distance "
             "from it the size of an update, as far as the plane shows it."
+            + (f" Seed {c.seeds[0].seed} alone." if len(c.seeds) > 1 else "")
         }
     seeds = f" Mean over {len(c.seeds)} seeds." if len(c.seeds) > 1 else ""
     out, grid, more = [f"<p>{e(lead)}{e(seeds)}</p>"], [], []
@@ -679,7 +686,8 @@ def mean_figure(figures: Sequence[Figure]) -> Figure | None:
             continue
         ends = [findings.t_interval([m.y[j] for m in mine]) for j in range(len(s.y))]
         mean, low, high = ([v[k] for v in ends] for k in (0, 1, 2))
-        series.append(Series(s.name, s.x, mean, low, high))
+        stacked = first.kind == "stacked"  # their ends are sums of parts: an interval has no place there
+        series.append(Series(s.name, s.x, mean, *(() if stacked else (low, high))))
     return chart(first.name, first.kind, first.title, series, x_title=first.x_title, y_title=first.y_title)
 
 
@@ -797,7 +805,7 @@ def responses(c: Comparison) -> str:
         for x in mine:
             by[m].setdefault(x.prompt.id, []).append(x)
     for d in c.domains:
-        ids = [p for p in s.rewards[c.base] if findings.domain_of(p) == d]
+        ids = [p for p in s.rewards[c.base] if s.domain_of[p] == d]
         spread = {p: float(np.std([s.rewards[m][p].mean() for m in c.models])) for p in ids}
         out.append(f"<h3>{e(d)}</h3>")
         for p in sorted(ids, key=lambda p: (-spread[p], p))[:EXAMPLES]:
@@ -835,7 +843,7 @@ def made(c: Comparison, settings: Mapping[str, Any], folders: Mapping[int, Path]
         **{str(k): str(v) for k, v in settings.items() if k != "k"},
         "seed" if len(c.seeds) == 1 else "seeds": ", ".join(str(s.seed) for s in c.seeds),
         "samples": f"{_k(c)} per problem at temperature 1",
-        "problems": ", ".join(f"{d} {c.seeds[0].scores[c.base][d].problems}" for d in c.domains),
+        "problems": ", ".join(f"{_title(b)} {len(c.problems[b])}" for b in c.benchmarks),
         "intervals": interval(c),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"
@@ -853,9 +861,9 @@ def made(c: Comparison, settings: Mapping[str, Any], folders: Mapping[int, Path]
 
 def markdown(c: Comparison) -> str:
     """The table of scores for a README."""
-    lines = [f"| model | {' | '.join(c.domains)} | average |", "|---|" + "---:|" * (len(c.domains) + 1)]
+    lines = [f"| model | {' | '.join(c.benchmarks)} | average |", "|---|" + "---:|" * (len(c.benchmarks) + 1)]
     for m in c.models:
-        numbers = [c.mean(m, d) for d in (*c.domains, None)]
+        numbers = [c.mean(m, d) for d in (*c.benchmarks, None)]
         text = " | ".join(f"{100 * x.value:.1f} [{100 * x.low:.1f}, {100 * x.high:.1f}]" for x in numbers)
         lines.append(f"| {m} | {text} |")
     return "\n".join(lines) + "\n"

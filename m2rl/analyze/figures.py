@@ -62,8 +62,9 @@ CSS = """svg.m2rl{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif
 font-variant-numeric:tabular-nums}svg.m2rl text{fill:var(--ink)}svg.m2rl .h{font-size:14px;font-weight:600}
 svg.m2rl .t{fill:var(--dim);font-size:11px}svg.m2rl .v{font-size:10.5px}svg.m2rl .g{stroke:var(--grid)}
 svg.m2rl .a{stroke:var(--rule)}svg.m2rl .r{stroke:var(--dim);stroke-dasharray:3 3}svg.m2rl .c{fill:var(--heat)}
-svg.m2rl .c.n{fill:var(--cold)}svg.m2rl .v.hi{fill:var(--on-heat)}svg.m2rl .v.mid{fill:var(--on-mid)}svg.m2rl .f{fill:var(--c)}
-svg.m2rl .l{stroke:var(--c);stroke-width:1.8;fill:none}svg.m2rl .e{stroke:var(--c);stroke-width:1.6}
+svg.m2rl .c.n{fill:var(--cold)}svg.m2rl .v.hi{fill:var(--on-heat)}svg.m2rl .v.mid{fill:var(--on-mid)}
+svg.m2rl .f{fill:var(--c)}svg.m2rl .l{stroke:var(--c);stroke-width:1.8;fill:none}
+svg.m2rl .e{stroke:var(--c);stroke-width:1.6}
 svg.m2rl .b{fill:var(--c);opacity:.15}svg.m2rl .p{fill:var(--c);stroke:transparent;stroke-width:9;pointer-events:all}
 svg.m2rl .off{display:none}"""
 

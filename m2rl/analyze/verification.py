@@ -24,6 +24,7 @@ definitions are ours.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,19 +116,27 @@ def auroc_resamples(
     order = {p: i for i, p in enumerate(dict.fromkeys(problems))}
     index = np.array([order[p] for p in problems], dtype=np.int64)
     P = len(order)
-    counts_BP = np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), size=resamples).astype(np.float64)
+    counts_BP = _drawn(P, seed, resamples)
     won_B, pairs_B = np.zeros(resamples), np.zeros(resamples)
     for stratum in np.unique(strata_S):
         r, w = (np.flatnonzero((strata_S == stratum) & (right_S == kind)) for kind in (True, False))
         if not len(r) or not len(w):
             continue
-        right_PR, wrong_WP = np.zeros((P, len(r))), np.zeros((len(w), P))
-        right_PR[index[r], np.arange(len(r))] = 1
-        wrong_WP[np.arange(len(w)), index[w]] = 1
+        mine, at = np.unique(index[np.concatenate([r, w])], return_inverse=True)  # Q problems of this stratum
+        counts_BQ = counts_BP[:, mine]
+        right_QR, wrong_WQ = np.zeros((len(mine), len(r))), np.zeros((len(w), len(mine)))
+        right_QR[at[: len(r)], np.arange(len(r))] = 1
+        wrong_WQ[np.arange(len(w)), at[len(r) :]] = 1
         wins_RW = (scores_S[r][:, None] > scores_S[w]) + 0.5 * (scores_S[r][:, None] == scores_S[w])
-        won_B += ((counts_BP @ (right_PR @ wins_RW @ wrong_WP)) * counts_BP).sum(1)
-        pairs_B += (counts_BP @ right_PR.sum(1)) * (counts_BP @ wrong_WP.sum(0))
+        won_B += ((counts_BQ @ (right_QR @ wins_RW @ wrong_WQ)) * counts_BQ).sum(1)
+        pairs_B += (counts_BQ @ right_QR.sum(1)) * (counts_BQ @ wrong_WQ.sum(0))
     return won_B[pairs_B > 0] / pairs_B[pairs_B > 0]
+
+
+@functools.lru_cache(8)
+def _drawn(P: int, seed: int, resamples: int) -> np.ndarray:
+    """[B, P] how often each problem is drawn; the same for every verifier and author."""
+    return np.random.default_rng(seed).multinomial(P, np.full(P, 1 / P), size=resamples).astype(np.float64)
 
 
 def discrimination(

@@ -143,11 +143,17 @@ def test_seeds_are_joined_into_means_over_seeds(study, tmp_path, accuracy):
     second = small_study.make(tmp_path / "1", seed=1)
     report.write(tmp_path, MODELS, DOMAINS, SETTINGS, {0: study, 1: second})
     page = (tmp_path / "report.html").read_text()
-    assert "n = 2 seeds" in text(section(page, "answer")) and "Student t intervals over seeds" in page
+    assert "n = 2 seeds" in text(section(page, "answer")) and "Student t intervals over 2 seeds" in page
     other = [json.loads(line) for line in (second / "samples" / "mixed.jsonl").read_text().splitlines()]
     joined = (np.mean(list(accuracy["mixed"].values())) + np.mean([r["reward"] for r in other])) / 2
     assert f"One mixed run reaches {100 * joined:.1f} [" in text(section(page, "answer")).replace(" <b>", "")
     assert report.main([str(tmp_path)]) == 0
+    cosine = [
+        json.loads((f / "analysis" / "weights.json").read_text())["results"]["cosine"][0][1] for f in (study, second)
+    ]
+    found = re.search(r'data-name="cosine".*?<tbody><tr><th scope=row>math</th>.*?</tr>', page, re.DOTALL).group(0)
+    shown = float(found.split("<td>")[2].partition("<")[0].replace("−", "-"))
+    assert shown == pytest.approx(np.mean(cosine), rel=0.03)
 
 
 def test_a_missing_stage_is_named(study, tmp_path):
@@ -156,6 +162,12 @@ def test_a_missing_stage_is_named(study, tmp_path):
     (copy / "samples" / "ties.jsonl").unlink()
     with pytest.raises(InputError, match=r"no samples of ties: ties.jsonl does not exist"):
         report.write(copy, MODELS, DOMAINS, SETTINGS)
+    (copy / "analysis" / "weights.json").write_text("{")
+    with pytest.raises(InputError, match=r"weights.json is not valid JSON"):
+        report.write(copy, [m for m in MODELS if m != "ties"], DOMAINS, SETTINGS)
+    for gone, named in (({"mixed"}, "mixed"), ({"ties", "average"}, "at least one merge")):
+        with pytest.raises(InputError, match=f"a report compares with {named}, which is missing"):
+            report.write(study, [m for m in MODELS if m not in gone], DOMAINS, SETTINGS)
     with pytest.raises(InputError, match=r"has no report.json"):
         report.main([str(tmp_path)])
 
@@ -198,6 +210,7 @@ def test_values_show_under_the_pointer_and_series_hide(chromium, study):
     page = chromium.open(study / "report.html")
     mark = "document.querySelector('figure[data-name=\"averages\"] circle')"
     page.evaluate(mark + ".scrollIntoView({block: 'center', behavior: 'instant'})")
+    page.evaluate("new Promise(done => setTimeout(done, 300))")  # scrolling hides what was shown before it
     x, y = page.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({mark}.getBoundingClientRect())")
     page.call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
     tip = page.evaluate('document.getElementById("tip").hidden ? "" : document.getElementById("tip").textContent')
