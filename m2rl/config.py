@@ -259,7 +259,9 @@ RESUME_MAY_CHANGE = {
 
 
 def named_configs() -> list[str]:
-    return sorted(p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml"))
+    """Configs of runs that ship with m2rl; study_*.toml are studies (m2rl/study.py)."""
+    shipped = [p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml")]
+    return sorted(name for name in shipped if not name.startswith("study_"))
 
 
 def read_toml(name: str) -> tuple[dict[str, Any], str]:

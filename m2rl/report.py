@@ -33,8 +33,27 @@ EXAMPLES = 3  # sample responses per model and domain that can be opened
 ROWS = 40  # of an analysis table that are shown; the CSV beside the report holds all
 
 
-def write(folder: Path, models: Sequence[str], domains: Sequence[str], settings: Mapping[str, Any]) -> Path:
-    """Write report.html and table.md from the samples and analyses in the study's folder."""
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # two-sided 95% quantiles of t, df 1 to 10
+
+
+def write(
+    folder: Path,
+    models: Sequence[str],
+    domains: Sequence[str],
+    settings: Mapping[str, Any],
+    folders: Mapping[int, Path] | None = None,
+) -> Path:
+    """Write report.html and table.md from the samples and analyses in the study's folder; of several seeds the table of
+    means with Student's t intervals, and the first seed's report."""
+    if folders:
+        found = [
+            {n: score(x) for n, x in read_folder(f / "samples", models, tokens=False).items()} for f in folders.values()
+        ]
+        first = write(next(iter(folders.values())), models, domains, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(over_seeds(found, domains), encoding="utf-8")
+        (folder / "report.html").write_text(first.read_text(encoding="utf-8"), encoding="utf-8")
+        return folder / "report.html"
     samples = read_folder(folder / "samples", models, tokens=False)
     scores = {name: score(samples[name]) for name in models}
     rewards = {name: rewards_of(samples[name]) for name in models}
@@ -98,6 +117,17 @@ def table(scores: Mapping[str, Mapping[str, Score]], domains: Sequence[str]) -> 
             cells += f"<td>{100 * per[d].avg_at_k:.1f}<br><small>{low:.1f} – {high:.1f}</small></td>"
         rows.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{100 * average(per):.1f}</td></tr>")
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def over_seeds(found: Sequence[Mapping[str, Mapping[str, Score]]], domains: Sequence[str]) -> str:
+    """Mean Avg@K over seeds, plus or minus half of the 95% t interval."""
+    lines = [f"| model | {' | '.join(domains)} | average |", "|---|" + "---:|" * (len(domains) + 1)]
+    for name in found[0]:
+        rows = [[100 * s[name][d].avg_at_k for d in domains] + [100 * average(s[name])] for s in found]
+        mean, spread = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1) / len(found) ** 0.5
+        t = T95[min(len(found) - 1, len(T95)) - 1]
+        lines.append(f"| {name} | {' | '.join(f'{m:.1f} ± {t * x:.1f}' for m, x in zip(mean, spread))} |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(scores: Mapping[str, Mapping[str, Score]], domains: Sequence[str]) -> str:
