@@ -63,6 +63,9 @@ class Domain:
     """Score 0 without `</think>`, and score only what follows the last one."""
     teacher: str = ""
     """Distillation only: folder of the model that this domain's prompts learn from."""
+    token_mass: float = 0.0
+    """Distillation only: this domain's share of every step's token mass, relative to the other domains'; 0 in all =
+    what quotas and objective.aggregation give."""
     preset: Literal["strict", "reference"] = "strict"
     """Scoring rules: ours, or the reference code's with its known defects (for comparison)."""
     tables_dir: str = ""
@@ -342,6 +345,11 @@ def check(config: Config, where: str) -> Config:
         need(bool(config.domain), "distillation needs a [[domain]] with a teacher for every domain")
         for d in config.domain:
             need(bool(d.teacher), f"domain {d.name}: distillation needs its teacher, the folder of a model")
+        masses = [d.token_mass for d in config.domain]
+        need(
+            all(m > 0 for m in masses) or not any(masses),
+            f"token_mass must be above 0 in every [[domain]] or in none, got {', '.join(map(str, masses))}",
+        )
         need(o.updates_per_rollout == 1, "distillation makes one update per rollout: objective.updates_per_rollout = 1")
     if config.algorithm != "sft":
         need(

@@ -87,6 +87,9 @@ def memory_rows(config: Config, shape: PretrainedConfig, parameters: int, world:
             "KV cache" + (", all sequences at full length" if r.engine == "native" else ""): float(cache),
         },
     }
+    if config.algorithm == "distill":
+        for phase in rows.values():
+            phase["fp32 weights of the teacher"] = 4 * parameters / shards
     if r.engine == "native":  # nothing of it sleeps
         rows["train"] |= {"engine weights": rows["rollout"]["engine weights"], "KV cache": float(cache)}
     if config.algorithm == "sft":

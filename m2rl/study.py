@@ -29,10 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from m2rl.config import Config, Data, Domain, build, check, read_toml, to_toml
 from m2rl.launch import exit_with
 from m2rl.metrics import Display
-from m2rl.types import InputError
+from m2rl.types import InputError, Prompt
 
 FIXED = ("sft", "mixed", "distill")  # every other [[run]] is the expert of the domain that it is named after
 SIGTERM_WAIT_S = 60.0  # a stage that was asked to stop may finish its step and save
@@ -45,8 +47,8 @@ class Training:
     name: str = ""
     """sft, mixed, distill, or the domain whose expert it is."""
     config: str = ""
-    """The run's own configuration: a file or the name of one that ships with m2rl. Paths, seed, starting model, teachers
-    and (of an expert) the domain are the study's."""
+    """The run's own configuration: a file or the name of one that ships with m2rl. Paths, seed, starting model,
+    teachers and (of an expert) the domain are the study's."""
     steps: int = 0
     """0 = as in the config."""
     checkpoint: str = ""
@@ -197,14 +199,14 @@ def verify(study: Study, where: str) -> Study:
     given = [r.name for r in study.run if r.checkpoint]
     need(
         not given or "sft" in given,
-        f"run {given[:1]}: has a checkpoint but run sft has none: give the model that it was trained from as well",
+        f"run {next(iter(given), None)}: has a checkpoint but run sft has none: give also the model it came from",
     )
     need(bool(study.merge), "no merge is named: add [merge.NAME] with its method")
     for name, options in study.merge.items():
         need(name not in names, f"merge.{name}: a run has this name")
         need(isinstance(options, dict) and "method" in options, f"merge.{name} needs key method")
     odd = [m for m in study.analyses.merges if m not in study.merge]
-    need(not odd, f"analyses.merges: no merge {odd[:1]} (there are: {', '.join(study.merge)})")
+    need(not odd, f"analyses.merges: no merge {next(iter(odd), None)} (there are: {', '.join(study.merge)})")
     need(bool(study.sampling.benchmarks), "sampling.benchmarks names none: there is nothing to evaluate on")
     for item in study.sampling.data_files:
         need(
@@ -408,12 +410,12 @@ def plan(study: Study, out: Path) -> list[Stage]:
         inputs = [study.merge, dataclasses.asdict(study.validation) if tried else None, identity]
         add("merges", inputs, ["sft", *domains], n * e.merge_hours + choose * per_token, ["merges"])
         sampling = [dataclasses.asdict(study.sampling), to_toml(sampling_config(study)), seed, identity]
-        one = e.responses_per_model * per_token
+        one = responses_per_model(study) * per_token
         add("merge_samples", sampling, ["merges"], n * one, [f"samples/{m}.jsonl" for m in study.merge], study.ranks)
         mine = [f"samples/{m}.jsonl" for m in s.trained]
         add("samples", sampling, ["sft", *domains, "mixed", "distill"], len(mine) * one, mine, study.ranks)
         both, some = ["samples", "merge_samples"], [dataclasses.asdict(study.analyses), seed]
-        few = len(s.compared) ** 2 * e.responses_per_model / study.analyses.every * e.response_tokens / 3600
+        few = len(s.compared) ** 2 * responses_per_model(study) / study.analyses.every * e.response_tokens / 3600
         few /= e.scored_tokens_per_s or e.tokens_per_s
         models = ["sft", *domains, "mixed", "distill", "merges"]
         add("policies", some, both, 2 * few, ["analysis/policies*", "analysis/information*"])
@@ -424,6 +426,11 @@ def plan(study: Study, out: Path) -> list[Stage]:
     settings = [study.name, study.scale, dataclasses.asdict(study.sampling)]
     stages.append(Stage("report", "report", study.seeds[0], settings, tuple(last), 0.001, 1, ()))
     return stages
+
+
+def responses_per_model(study: Study) -> int:
+    c = study.sampling
+    return c.problems * c.k * len(c.benchmarks) or study.estimate.responses_per_model
 
 
 def seed_folder(study: Study, out: Path, seed: int) -> Path:
@@ -506,22 +513,14 @@ def validation(s: Seed) -> Iterator[Callable[[Path], Mapping[str, tuple[float, f
     """A judge of merged models: Avg@K per domain on prompts of the training data that come after all that the mixed run
     draws, so that the problems of the report have no part in any choice."""
     from m2rl.benchmarks import Benchmark
-    from m2rl.data import Mixture, load_sources, quotas
     from m2rl.evaluate import Evaluator, score_one
 
-    v, c = s.study.validation, validation_config(s.study)
-    with Evaluator(s.models["sft"], sampling_config(s.study)) as evaluator:
-        loaded = load_sources(c.data.train, c, evaluator.tokenizer, verifiable=True)
-        mixture = Mixture(loaded.sources, quotas(c.domain, loaded.sources, c.rollout.prompts_per_step), s.seed)
-        prompts: dict[str, dict[str, Any]] = {d: {} for d in s.study.domains}
-        for step in range(c.train.steps, c.train.steps + 100 * v.problems):
-            for p in mixture.batch(step):
-                if len(prompts[p.domain]) < v.problems:
-                    prompts[p.domain].setdefault(p.text, p)
-            if all(len(found) == v.problems for found in prompts.values()):
-                break
-        limit = sampling_config(s.study).rollout.max_new_tokens
-        tasks = [Benchmark(d, tuple(found.values()), v.k, 1.0, limit) for d, found in prompts.items()]
+    c = sampling_config(s.study)
+    with Evaluator(s.models["sft"], c) as evaluator:
+        tasks = [
+            Benchmark(d, tuple(prompts), s.study.validation.k, 1.0, c.rollout.max_new_tokens)
+            for d, prompts in validation_prompts(s, evaluator.tokenizer).items()
+        ]
 
         def judge(folder: Path) -> Mapping[str, tuple[float, float]]:
             evaluator.take(folder)
@@ -529,6 +528,23 @@ def validation(s: Seed) -> Iterator[Callable[[Path], Mapping[str, tuple[float, f
             return {d: (x.avg_at_k, (x.ci95[1] - x.ci95[0]) / 2) for d, x in scores.items()}
 
         yield judge
+
+
+def validation_prompts(s: Seed, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Prompt]]:
+    """Domain -> distinct prompts of the mixed run's training data, from the place where that run ends."""
+    from m2rl.data import Mixture, load_sources, quotas
+
+    c, wanted = validation_config(s.study), s.study.validation.problems
+    loaded = load_sources(c.data.train, c, tokenizer, verifiable=True)
+    mixture = Mixture(loaded.sources, quotas(c.domain, loaded.sources, c.rollout.prompts_per_step), s.seed)
+    found: dict[str, dict[str, Prompt]] = {d: {} for d in s.study.domains}
+    for step in range(c.train.steps, c.train.steps + 100 * wanted):  # a small file repeats: fewer must do
+        for p in mixture.batch(step):
+            if len(found[p.domain]) < wanted:
+                found[p.domain].setdefault(p.text, p)
+        if all(len(prompts) == wanted for prompts in found.values()):
+            break
+    return {d: list(prompts.values()) for d, prompts in found.items()}
 
 
 def validation_config(study: Study) -> Config:
@@ -559,7 +575,7 @@ def compare_policies(s: Seed) -> None:
     from m2rl.analyze import information, policies, skills
     from m2rl.analyze.samples import read_folder
 
-    samples, few = read_folder(s.out / "samples", s.compared), {}
+    samples = read_folder(s.out / "samples", s.compared)
     few = {n: samples[n][:: s.study.analyses.every] for n in s.compared}
     models = {n: s.models[n] for n in s.compared}
     kl = policies.kl_matrix(models, few, keep=len(few) if s.study.ranks == 1 else 2, dtype=dtype_of(s.study))

@@ -85,6 +85,43 @@ def test_teachers_are_written_in_place_and_another_architecture_is_refused(tmp_p
             load_weights(policy, tmp_path / other)
 
 
+def test_token_mass_is_shared_as_asked_and_the_total_stays():
+    from m2rl.distill import share_mass, token_mass
+
+    rows = tiny.rows(domains=3)
+    before = token_mass(rows, 3)
+    share_mass(rows, [0.0, 0.0, 0.0])
+    assert token_mass(rows, 3) == pytest.approx(before)
+    share_mass(rows, [1.0, 2.0, 5.0])
+    assert token_mass(rows, 3) / before.sum() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    rows = [r for r in rows if r.domain != 2]
+    share_mass(rows, [1.0, 3.0, 9.0])
+    mass = token_mass(rows, 3)
+    assert mass / mass.sum() == pytest.approx([1 / 4, 3 / 4, 0])
+
+
+def test_teachers_of_another_tokenizer_or_architecture_or_nowhere_are_refused_before_weights_are_read(tmp_path):
+    from m2rl import embedded
+    from m2rl.distill import check_teachers
+
+    for name in ("student", "teacher", "words"):
+        embedded.save(tmp_path / name, 0)
+    for name in ("student", "teacher", "words"):
+        (tmp_path / name / "model.safetensors").write_bytes(b"not read")
+    tiny.model().save_pretrained(tmp_path / "other")
+    embedded.build_tokenizer().save_pretrained(tmp_path / "other")
+    check_teachers(str(tmp_path / "student"), {"math": str(tmp_path / "teacher")})
+    words = tmp_path / "words" / "tokenizer.json"
+    words.write_text(words.read_text().replace('"sum("', '"som("'))
+    for name, message in (
+        ("words", "domain if: teacher .*words has another tokenizer than the student: 2 entries differ, first 's.m"),
+        ("other", "domain if: teacher .*other is of another architecture than the student: vocab_size is 97"),
+        ("nowhere", "domain if: teacher .*nowhere is not a Hugging Face model folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_teachers(str(tmp_path / "student"), {"math": str(tmp_path / "teacher"), "if": str(tmp_path / name)})
+
+
 def user_toml(folder, divergence, **teachers):
     lines = ['name = "distilled"', 'algorithm = "distill"', f'run_dir = "{folder / "run"}"']
     lines += ["[model]", f'path = "{folder / "model"}"', "[data]", 'eval = ["procedural"]']
