@@ -33,6 +33,7 @@ LAYER = {  # a module may import its own layer and those below
     "merge_sweep": 6,
     "analyze": 6,
     "study": 7,
+    "study_stages": 8,
     "report": 7,
 }
 

@@ -156,6 +156,30 @@ def test_the_command_distills_each_domains_teacher(folders, divergence, ranks):
     assert checkpoint.complete(folders / "run")
 
 
+def test_the_engine_is_awake_with_the_newest_weights_whenever_it_generates(folders, monkeypatch):
+    """On a GPU an engine sleeps while the learner works; a rollout on a sleeping one fails."""
+    from m2rl.rollout.native import NativeEngine
+
+    awake, versions = [True], []
+    submit, sync = NativeEngine.submit, NativeEngine.sync
+
+    def watched(self, requests):
+        assert awake[0], "rollout on a sleeping engine"
+        return submit(self, requests)
+
+    def synced(self, policy, version):
+        versions.append(version)
+        return sync(self, policy, version)
+
+    monkeypatch.setattr(NativeEngine, "sleep", lambda self: awake.__setitem__(0, False))
+    monkeypatch.setattr(NativeEngine, "wake", lambda self: awake.__setitem__(0, True))
+    monkeypatch.setattr(NativeEngine, "submit", watched)
+    monkeypatch.setattr(NativeEngine, "sync", synced)
+    config = user_toml(folders, "sampled_reverse", math=folders / "math_teacher", **{"if": folders / "if_teacher"})
+    assert main(["--config", config, "--train.steps", "2"]) == 0
+    assert versions[-3:] == [0, 1, 2] and not awake[0]  # two steps, and the evaluation after them
+
+
 def test_a_domain_without_a_teacher_is_an_error(folders):
     with pytest.raises(InputError, match="domain math: distillation needs its teacher"):
         main(["--config", user_toml(folders, "reverse", math="")])

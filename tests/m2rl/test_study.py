@@ -15,7 +15,7 @@ import pytest
 import tiny
 from commands import environment
 
-from m2rl import embedded, study
+from m2rl import embedded, study, study_stages
 from m2rl.domains.procedural import DOMAINS
 from m2rl.types import InputError
 
@@ -101,10 +101,10 @@ def test_coefficients_are_never_chosen_on_problems_of_the_report(made, tmp_path)
     from m2rl.domains import procedural
 
     s = study.Seed(made, 0, tmp_path)
-    found = study.validation_prompts(s, embedded.build_tokenizer())
+    found = study_stages.validation_prompts(s, embedded.build_tokenizer())
     assert {d: len({p.text for p in found[d]}) for d in DOMAINS} == dict.fromkeys(DOMAINS, made.validation.problems)
     texts = {p.text.removeprefix("<bos>").removesuffix("\n") for d in DOMAINS for p in found[d]}
-    steps = study.validation_config(made).train.steps
+    steps = study_stages.validation_config(made).train.steps
     stream = {procedural.problem("if", 0, i).prompt for i in range(4 * steps, 4 * steps + 100)}
     assert {p.text.removeprefix("<bos>").removesuffix("\n") for p in found["if"]} < stream
     assert not any(procedural.held_out(text) for text in texts)
