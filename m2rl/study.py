@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -222,7 +223,11 @@ def verify(study: Study, where: str) -> Study:
     need(study.analyses.every >= 1, f"analyses.every must be at least 1, got {study.analyses.every}")
     for name in study.merge:
         with _as_input_error(f"{where}: merge.{name}"):
-            candidates(study, name)
+            several = len(candidates(study, name)) > 1
+        need(
+            not several or bool(study.training("mixed").config),
+            f"merge.{name}: choosing from a list needs run mixed's config, whose training data the problems are from",
+        )
     return study
 
 
@@ -589,6 +594,11 @@ def run(study: Study, out: Path, argv: Sequence[str], only: Sequence[str] = ()) 
     if not todo:
         return
     out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # noqa: SIM115  held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another study is at work in {out}: wait for it, or name another --out") from None
     preflight(study, out)
     total = sum(max(s.hours, 1e-4) for s in todo)
     spent, begun, shown, count = 0.0, time.perf_counter(), -1, len(todo)
@@ -670,6 +680,8 @@ def print_plan(study: Study, out: Path) -> None:
     print("\nHours are estimates:")
     for note in study.estimate.notes:
         print(f"  {note}")
+    command = f"torchrun --standalone --nproc-per-node {study.ranks}" if study.ranks > 1 else "python"
+    print(f"Training stages run as: {command} -m m2rl.train --config {out}/configs/STAGE.toml")
     tried = {name: len(c) for name in study.merge if len(c := candidates(study, name)) > 1}
     print(f"Merges: {', '.join(study.merge)}")
     if tried:

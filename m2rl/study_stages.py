@@ -25,7 +25,7 @@ from m2rl import study as planning
 from m2rl.config import Config, build, read_toml
 from m2rl.launch import exit_with
 from m2rl.study import Seed, Stage, Study, candidates, load_benchmarks, marker, sampling_config, seed_folder
-from m2rl.types import InputError, Prompt
+from m2rl.types import Prompt
 
 
 def merge_all(s: Seed) -> None:
@@ -114,8 +114,6 @@ def validation_prompts(s: Seed, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 def validation_config(study: Study) -> Config:
     """Whose training data the validation problems are from: the mixed run's, also where that is not trained here."""
     r = study.training("mixed")
-    if not r.config:
-        raise InputError("run mixed: choosing merge coefficients needs its config, whose data the problems are from")
     table, where = read_toml(r.config)
     c: Config = build(Config, table, where)
     return dataclasses.replace(c, train=dataclasses.replace(c.train, steps=r.steps or c.train.steps))

@@ -2,6 +2,7 @@
 embedded study whole.)"""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -122,6 +123,11 @@ def test_coefficients_are_never_chosen_on_problems_of_the_report(made, tmp_path)
             lambda s: dataclasses.replace(s, merge={**s.merge, "x": {"method": "ties", "densty": 1}}),
             "unknown merge option 'densty'",
         ),
+        (lambda s: with_run(s, "mixed", config="", checkpoint="x"), "has a checkpoint but run sft has none"),
+        (
+            lambda s: with_run(with_run(s, "mixed", config="", checkpoint="x"), "sft", checkpoint="x"),
+            "merge.ta: choosing from a list needs run mixed's config",
+        ),
         (lambda s: dataclasses.replace(s, merge={}), "no merge is named"),
         (lambda s: dataclasses.replace(s, analyses=study.Analyses(("tie",))), "analyses.merges: no merge"),
         (lambda s: dataclasses.replace(s, sampling=study.Sampling()), "sampling.benchmarks names none"),
@@ -171,6 +177,13 @@ def test_only_asks_for_what_is_missing(made, tmp_path):
         study.run(made, tmp_path, [], ["merges"])
     with pytest.raises(InputError, match=r"--only: no stage sfr \(there are: sft"):
         study.run(made, tmp_path, [], ["sfr"])
+
+
+def test_two_studies_do_not_work_in_one_folder(made, tmp_path):
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another study is at work in"):
+            study.run(made, tmp_path, [], ["sft"])
 
 
 def test_a_finished_stage_is_known_by_its_hash_and_old_files_go_when_inputs_change(made, tmp_path):
