@@ -158,6 +158,10 @@ def verify_answers(s: Seed) -> None:
 
     samples = read_folder(s.out / "samples", s.compared)
     few = {n: mine[:: 2 * s.study.analyses.every] for n, mine in samples.items()}
+    right = {n: sum(x.reward > 0.5 for x in mine) for n, mine in few.items()}
+    if all(count in (0, len(few[n])) for n, count in right.items()):  # so weak, or so few, that nothing can be told
+        print(f"verification left out: no model has both right and wrong responses (right: {right})")
+        return
     models = {n: s.models[n] for n in s.compared}
     tokenizer = AutoTokenizer.from_pretrained(models["sft"])
     scores = verification.verify(models, few, tokenizer, dtype=dtype_of(s.study))
