@@ -547,11 +547,12 @@ def start(study: Study, out: Path, stage: Stage, wanted: str, argv: Sequence[str
     output = open(log, "ab")  # noqa: SIM115  closed by end
     # torchrun passes SIGTERM on to its ranks; a killed one would leave them behind
     ask = _end_with_parent(signal.SIGTERM if stage.ranks > 1 else signal.SIGKILL)
+    one_thread = {"OMP_NUM_THREADS": "1"} if study.lanes > 1 else {}  # lanes share the cores
     process = subprocess.Popen(
         command,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"},
+        env={**one_thread, **os.environ, "PYTHONUNBUFFERED": "1"},
         preexec_fn=ask,
     )
     return Running(stage, folder, process, log, output, time.perf_counter(), steps)
