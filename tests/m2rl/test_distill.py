@@ -9,7 +9,7 @@ import torch
 from commands import torchrun
 
 from m2rl import checkpoint
-from m2rl.config import Objective, Optim
+from m2rl.config import Config, Objective, Optim, build, read_toml
 from m2rl.learner import Learner
 from m2rl.objectives import PolicyGradient, TeacherDivergence
 from m2rl.policy import ATTENTION, Policy, load_weights
@@ -83,6 +83,16 @@ def test_teachers_are_written_in_place_and_another_architecture_is_refused(tmp_p
     for other in ("untied", "vocabulary"):
         with pytest.raises(InputError, match="another architecture"):
             load_weights(policy, tmp_path / other)
+
+
+def test_the_shipped_full_size_recipe_is_the_papers():
+    c, mixed = (build(Config, *read_toml(name)) for name in ("qwen3_4b_distill", "qwen3_4b_mixed"))
+    r, o = c.rollout, c.optim
+    assert (r.prompts_per_step, r.group_size, r.max_new_tokens, r.max_prompt_tokens) == (256, 4, 16384, 2048)
+    assert (o.lr, o.weight_decay, o.beta1, o.beta2, o.schedule) == (1e-6, 0.1, 0.9, 0.98, "constant")
+    assert (c.distill.divergence, c.objective.tis_cap, c.objective.kl_coef) == ("sampled_reverse", 0.0, 0.0)
+    assert c.train.steps == 200 and c.data.train == mixed.data.train and c.model == mixed.model
+    assert len({d.teacher for d in c.domain}) == 4
 
 
 def test_token_mass_is_shared_as_asked_and_the_total_stays():
