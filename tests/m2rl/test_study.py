@@ -281,7 +281,7 @@ def test_the_full_size_form_runs_on_given_checkpoints_under_torchrun(tmp_path, c
     planned = capsys.readouterr().out
     assert "given" in planned and "GPU hours" in planned and not out.exists()
     argv += ["--only", "distill", "merges", "samples", "merge_samples"]
-    done = subprocess.run(command(*argv), env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(*argv), env=environment(), capture_output=True, text=True, timeout=420)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((out / "distill" / "summary.json").read_text())["world_size"] == 2
     names = {p.stem for p in (out / "samples").glob("*.jsonl")}
@@ -305,7 +305,7 @@ def test_a_killed_study_leaves_nothing_running_and_goes_on(tmp_path):
     first.wait()
     time.sleep(1)
     assert children and not any(alive(int(c)) for c in children)
-    done = subprocess.run(command(*argv), env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(*argv), env=environment(), capture_output=True, text=True, timeout=420)
     assert done.returncode == 0 and (out / "stages" / "sft.json").is_file(), done.stdout + done.stderr
 
 
