@@ -66,6 +66,9 @@ class Domain:
     """Score 0 without `</think>`, and score only what follows the last one."""
     teacher: str = ""
     """Distillation only: folder of the model that this domain's prompts learn from."""
+    token_mass: float = 0.0
+    """Distillation only: this domain's share of every step's token mass, relative to the other domains'; 0 in all =
+    what quotas and objective.aggregation give."""
     preset: Literal["strict", "reference"] = "strict"
     """Scoring rules: ours, or the reference code's with its known defects (for comparison)."""
     tables_dir: str = ""
@@ -276,7 +279,9 @@ RESUME_MAY_CHANGE = {
 
 
 def named_configs() -> list[str]:
-    return sorted(p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml"))
+    """Configs of runs that ship with m2rl; study_*.toml are studies (m2rl/study.py)."""
+    shipped = [p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml")]
+    return sorted(name for name in shipped if not name.startswith("study_"))
 
 
 def read_toml(name: str) -> tuple[dict[str, Any], str]:
@@ -357,6 +362,11 @@ def check(config: Config, where: str) -> Config:
         need(bool(config.domain), "distillation needs a [[domain]] with a teacher for every domain")
         for d in config.domain:
             need(bool(d.teacher), f"domain {d.name}: distillation needs its teacher, the folder of a model")
+        masses = [d.token_mass for d in config.domain]
+        need(
+            all(m > 0 for m in masses) or not any(masses),
+            f"token_mass must be above 0 in every [[domain]] or in none, got {', '.join(map(str, masses))}",
+        )
         need(o.updates_per_rollout == 1, "distillation makes one update per rollout: objective.updates_per_rollout = 1")
     if config.algorithm != "sft":
         need(

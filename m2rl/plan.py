@@ -95,6 +95,9 @@ def memory_rows(config: Config, shape: PretrainedConfig, parameters: int, world:
     if r.engine == "vllm" and shards > 1:  # SyncPlan's: two buckets, each a shard and the whole
         bucket = max(256 * 2**20, low * shape.vocab_size * hidden)
         rows["rollout"]["weight sync, two buckets"] = 2 * (1 + 1 / shards) * bucket
+    if config.algorithm == "distill":
+        for phase in rows.values():
+            phase["fp32 weights of the teacher"] = 4 * parameters / shards
     if r.engine == "native":  # nothing of it sleeps
         rows["train"] |= {"engine weights": rows["rollout"]["engine weights"], "KV cache": float(cache)}
     if config.algorithm == "sft":

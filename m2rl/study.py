@@ -1,10 +1,12 @@
-"""`python -m m2rl.study --out DIR`: mix or merge? The comparison at the embedded size, one command, stage by stage.
+"""`python -m m2rl.study --out DIR`: mix or merge? The whole comparison, one command, stage by stage.
 
     sft -> math, code, science, if (experts) -> mixed -> merges -> distill -> samples of all -> analyses -> report.html
 
-Every stage writes into DIR and leaves DIR/stages/<stage>.json, which holds a hash of what it was made from: a finished
-stage is not done again, a killed one is continued by the same command, and a changed setting redoes exactly what
-depends on it. Training stages are ordinary `m2rl.train` runs, two at a time, one core each.
+A study is a TOML file: `study_embedded` (the default, 2 CPU cores), `study_qwen3_4b` (full size), or your own. Every
+stage is a process of its own (training: `m2rl.train`, under torchrun where `ranks` is above 1) that writes into DIR and
+leaves DIR/stages/<stage>.json with a hash of what it was made from: a finished stage is not done again, a killed one is
+continued by the same command, and a changed setting redoes exactly what depends on it. A run with a `checkpoint` is not
+trained. Several seeds are several studies, DIR/seed0 ..., under one plan and one report.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -21,319 +24,760 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from m2rl.config import Config, Data, Domain, build, read_toml, to_toml
-from m2rl.domains.procedural import DOMAINS
+from m2rl.config import Config, Data, Domain, build, check, read_toml, to_toml
 from m2rl.launch import exit_with
 from m2rl.metrics import Display
 from m2rl.types import InputError
 
-EXPERT_STEPS = {"math": 40, "code": 40, "science": 60, "if": 60}
-MIXED_STEPS = sum(EXPERT_STEPS.values())  # the same number of prompts as all experts together
-DISTILL_STEPS = 100
-MERGES: dict[str, dict[str, Any]] = {  # name -> method and options; strengths chosen on other seeds, never on these
-    "average": {"method": "average"},
-    "ta": {"method": "task_arithmetic", "lam": 0.75},
-    "ties": {"method": "ties", "density": 0.5, "lam": 1.5},
-    "dare_ta": {"method": "dare_linear", "density": 0.8, "lam": 0.75},
-    "dare_ties": {"method": "dare_ties", "density": 0.8, "lam": 1.5},
-    "sce": {"method": "sce"},
-    "ram_plus": {"method": "ram_plus"},
-    "model_stock": {"method": "model_stock"},
-    "tsv_m": {"method": "tsv_m"},
-    "iso_c": {"method": "iso_c"},
-}
+FIXED = ("sft", "mixed", "distill")  # every other [[run]] is the expert of the domain that it is named after
+SIGTERM_WAIT_S = 60.0  # a stage that was asked to stop may finish its step and save
 
-COMPARED_MERGES = ("average", "ta", "ties")  # those whose policies are compared pair by pair
+
+@dataclass(frozen=True)
+class Training:
+    """One [[run]]."""
+
+    name: str = ""
+    """sft, mixed, distill, or the domain whose expert it is."""
+    config: str = ""
+    """The run's own configuration: a file or the name of one that ships with m2rl. Paths, seed, starting model,
+    teachers and (of an expert) the domain are the study's."""
+    steps: int = 0
+    """0 = as in the config."""
+    checkpoint: str = ""
+    """Folder or hub id on this disk of a model that is there already: it is not trained."""
+    device_hours: float = 0.0
+    """For --dry-run and the time left: GPU hours, or CPU core hours."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Problems on which merge coefficients are chosen, from the mixed run's training data."""
+
+    problems: int = 40  # per domain
+    k: int = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What every model is sampled on."""
+
+    benchmarks: tuple[str, ...] = ()
+    data_files: tuple[str, ...] = ()
+    """NAME=FILE: rows of a benchmark from a file, not the hub."""
+    config: str = "embedded"
+    """Its model.compute_dtype, rollout (engine, budgets) and [[domain]] keys are used."""
+    problems: int = 0
+    """Per benchmark, at most; 0 = all."""
+    k: int = 0
+    """Samples per problem; 0 = each benchmark's own."""
+
+
+@dataclass(frozen=True)
+class Analyses:
+    merges: tuple[str, ...] = ()
+    """The merges whose policies are compared pair by pair; the other models always are."""
+    every: int = 4
+    """Of the samples, every so many are scored under every policy."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What --dry-run and the time left are computed from."""
+
+    responses_per_model: int = 1000
+    response_tokens: int = 1000
+    merge_hours: float = 0.0
+    """Per merge, on one device."""
+    tokens_per_s: float = 1000.0
+    """Generated, per device."""
+    scored_tokens_per_s: float = 0.0
+    """Log-probabilities, per device; 0 = as generated."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and how large."""
+    """A study's file: what is compared, and how large."""
 
-    out: Path
-    seed: int = 0
-    scale: float = 1.0  # of every number of training steps
-    problems: int = 160  # held-out problems per domain
-    k: int = 8  # samples per problem
-
-    def steps(self, n: int) -> int:
-        return max(2, round(n * self.scale))
+    name: str = "study"
+    seeds: tuple[int, ...] = (0,)
+    ranks: int = 1
+    """Processes of a stage, under torchrun where above 1."""
+    lanes: int = 1
+    """Stages at once."""
+    scale: float = 1.0
+    """Of every number of training steps."""
+    run: tuple[Training, ...] = ()
+    merge: dict = field(default_factory=dict)
+    """[merge.NAME]: method and options of m2rl.merge; lists of lam and density are chosen from, on validation
+    problems."""
+    validation: Validation = field(default_factory=Validation)
+    sampling: Sampling = field(default_factory=Sampling)
+    analyses: Analyses = field(default_factory=Analyses)
+    estimate: Assumed = field(default_factory=Assumed)
 
     @property
-    def models(self) -> dict[str, Path]:
+    def domains(self) -> list[str]:
+        return [r.name for r in self.run if r.name not in FIXED]
+
+    def training(self, name: str) -> Training:
+        return next(r for r in self.run if r.name == name)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed of a study: its folder and its models."""
+
+    study: Study
+    seed: int
+    out: Path
+
+    @property
+    def models(self) -> dict[str, str]:
         """Name -> folder of every model, in the order of the report."""
-        trained = ["sft", *DOMAINS, "mixed"]
-        return {
-            **{name: self.out / name / "model" for name in trained},
-            **{name: self.out / "merges" / name for name in MERGES},
-            "distill": self.out / "distill" / "model",
-        }
+        trained = ["sft", *self.study.domains, "mixed", "distill"]
+        runs = {n: self.study.training(n).checkpoint or str(self.out / n / "model") for n in trained}
+        last = runs.pop("distill")
+        return {**runs, **{name: str(self.out / "merges" / name) for name in self.study.merge}, "distill": last}
+
+    @property
+    def trained(self) -> list[str]:
+        return [m for m in self.models if m not in self.study.merge]
+
+    @property
+    def compared(self) -> list[str]:
+        """The models whose policies are compared pair by pair."""
+        return [m for m in self.models if m not in self.study.merge or m in self.study.analyses.merges]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One step of the plan: `inputs` (JSON values) and the stages in `after` decide whether it has to be done."""
 
+    key: str  # the name, after "seed1/" where there are several
     name: str
+    seed: int
     inputs: Any
     after: tuple[str, ...]
-    work: Callable[[], None]
+    hours: float  # device hours, as assumed
+    ranks: int
+    files: tuple[str, ...]  # what it writes, as glob patterns under the seed's folder: old ones go when inputs changed
 
 
-def plan(study: Study) -> list[Stage]:
-    """The stages in an order that respects what each needs."""
-    sft, experts = training_configs(study)
-    stages = [Stage("sft", to_toml(sft), (), lambda: train(study, sft))]
-    for name, config in experts.items():
-        after = ("sft",) if name != "distill" else ("sft", *DOMAINS)
-        stages.append(Stage(name, to_toml(config), after, lambda c=config: train(study, c)))  # type: ignore[misc]
-    stages.append(Stage("merges", MERGES, ("sft", *DOMAINS), lambda: merge_all(study)))
-    models = ("sft", *experts, "merges")
-    stages.append(Stage("samples", [study.problems, study.k, study.seed], models, lambda: sample_all(study)))
-    stages.append(Stage("analyses", [], ("samples",), lambda: analyze_all(study)))
-    stages.append(Stage("report", [], ("analyses",), lambda: write_report(study)))
+# ---- reading a study ----
+
+
+def read(name: str) -> tuple[Study, str]:
+    """A study's file, by path or by the name of one that ships with m2rl, and where it was found."""
+    table, where = read_toml(name)
+    return build(Study, table, where), where
+
+
+def verify(study: Study, where: str) -> Study:
+    """The rules inside a study's file; nothing but TOML is read. InputError names the first that is broken."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise InputError(f"{where}: {message}")
+
+    names = [r.name for r in study.run]
+    need(len(set(names)) == len(names), f"a [[run]] is listed twice: {', '.join(names)}")
+    for name in FIXED:
+        need(name in names, f"stage {name} is missing: add [[run]] with name = {name!r} and a config or a checkpoint")
+    need(len(study.domains) >= 2, f"at least two experts are needed to merge, got {study.domains or 'none'}")
+    for r in study.run:
+        need(bool(r.config or r.checkpoint), f"run {r.name}: needs a config to train it, or a checkpoint")
+        need(r.steps >= 0, f"run {r.name}: steps must not be negative, got {r.steps}")
+    given = [r.name for r in study.run if r.checkpoint]
+    need(
+        not given or "sft" in given,
+        f"run {next(iter(given), None)}: has a checkpoint but run sft has none: give also the model it came from",
+    )
+    need(bool(study.merge), "no merge is named: add [merge.NAME] with its method")
+    for name, options in study.merge.items():
+        need(name not in names, f"merge.{name}: a run has this name")
+        need(isinstance(options, dict) and "method" in options, f"merge.{name} needs key method")
+    odd = [m for m in study.analyses.merges if m not in study.merge]
+    need(not odd, f"analyses.merges: no merge {next(iter(odd), None)} (there are: {', '.join(study.merge)})")
+    need(bool(study.sampling.benchmarks), "sampling.benchmarks names none: there is nothing to evaluate on")
+    for item in study.sampling.data_files:
+        need(
+            item.partition("=")[0] in study.sampling.benchmarks, f"sampling.data_files: {item!r} is not BENCHMARK=FILE"
+        )
+    need(study.scale > 0, f"scale must be above 0, got {study.scale}")
+    need(bool(study.seeds) and len(set(study.seeds)) == len(study.seeds), f"seeds must differ, got {study.seeds}")
+    for key in ("ranks", "lanes"):
+        need(getattr(study, key) >= 1, f"{key} must be at least 1, got {getattr(study, key)}")
+    s, v = study.sampling, study.validation
+    need(
+        s.problems >= 0 and s.k >= 0, f"sampling.problems and sampling.k must not be negative, got {s.problems}, {s.k}"
+    )
+    need(s.problems != 1, "sampling.problems must be at least 2: an interval over problems needs two")
+    need(v.problems >= 2 and v.k >= 1, f"validation needs 2 problems and 1 sample, got {v.problems} and {v.k}")
+    need(study.analyses.every >= 1, f"analyses.every must be at least 1, got {study.analyses.every}")
+    for name in study.merge:
+        with _as_input_error(f"{where}: merge.{name}"):
+            several = len(candidates(study, name)) > 1
+        need(
+            not several or bool(study.training("mixed").config),
+            f"merge.{name}: choosing from a list needs run mixed's config, whose training data the problems are from",
+        )
+    return study
+
+
+@contextlib.contextmanager
+def _as_input_error(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def candidates(study: Study, name: str) -> dict[str, Any]:
+    """label -> recipe of one merge: every combination of its lists. ValueError for an option that does not fit."""
+    from m2rl.merge_sweep import grid
+
+    options = dict(study.merge[name])
+    method, density, lam = options.pop("method"), options.pop("density", 1.0), options.pop("lam", 1.0)
+    listed = [v if isinstance(v, list) else [v] for v in (density, lam)]
+    return grid([method], listed[0], listed[1], len(study.domains), options)
+
+
+def training_configs(s: Seed) -> dict[str, Config]:
+    """Name -> complete run configuration of every run that is to be trained."""
+    study, models = s.study, s.models
+    configs = {}
+    for r in study.run:
+        if r.checkpoint:
+            continue
+        table, where = read_toml(r.config)
+        c: Config = build(Config, table, where)
+        wanted = "sft" if r.name == "sft" else "distill" if r.name == "distill" else "grpo"
+        if c.algorithm != wanted:
+            raise InputError(f"run {r.name}: {where} has algorithm {c.algorithm!r}, must be {wanted!r}")
+        domains = c.domain
+        if r.name in study.domains:
+            mine = [d for d in domains if d.name == r.name]
+            if domains and not mine:
+                raise InputError(f"run {r.name}: {where} has no [[domain]] of that name")
+            domains = (dataclasses.replace(mine[0] if mine else Domain(r.name), quota=0, weight=0.0),)
+        elif r.name != "sft" and {d.name for d in domains} != set(study.domains):
+            raise InputError(
+                f"run {r.name}: {where} is of the domains {', '.join(d.name for d in domains) or 'of its data'}, the "
+                f"experts are of {', '.join(study.domains)}"
+            )
+        if r.name == "distill":  # the routing table: a domain's teacher is its expert
+            domains = tuple(dataclasses.replace(d, teacher=models[d.name]) for d in domains)
+        configs[r.name] = check(
+            dataclasses.replace(
+                c,
+                name=r.name,
+                seed=s.seed,
+                warm_start="",
+                run_dir=str(s.out / r.name),
+                model=c.model if r.name == "sft" else dataclasses.replace(c.model, path=models["sft"]),
+                data=dataclasses.replace(c.data, eval=()),  # all models are evaluated together afterwards
+                domain=domains,
+                train=dataclasses.replace(c.train, steps=max(2, round((r.steps or c.train.steps) * study.scale))),
+            ),
+            where,
+        )
+    return configs
+
+
+def sampling_config(study: Study) -> Config:
+    table, where = read_toml(study.sampling.config)
+    c: Config = build(Config, table, where)
+    problems = study.sampling.problems or c.evaluation.problems
+    return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, problems=problems))
+
+
+def preflight(study: Study, out: Path) -> None:
+    """What can be known to be wrong before any work: checkpoints of another architecture or tokenizer, absent data,
+    unknown or empty benchmarks. Reads headers, tokenizers and rows, no weights."""
+    from transformers import AutoTokenizer
+
+    from m2rl import embedded
+    from m2rl.data import files
+    from m2rl.data.mixture import GENERATED
+    from m2rl.evaluate import architecture_key
+    from m2rl.merge import open_inputs
+    from m2rl.safetensors_io import resolve_folder
+
+    s = Seed(study, study.seeds[0], out)
+    configs = training_configs(s)
+    for name, config in configs.items():
+        try:
+            files([p for p in config.data.train if p not in GENERATED])
+        except InputError as error:
+            raise InputError(f"run {name}: {error}") from None
+    given = {r.name: r.checkpoint for r in study.run if r.checkpoint}
+    for name, folder in given.items():
+        try:
+            resolve_folder(folder)
+        except InputError as error:
+            raise InputError(f"run {name}: checkpoint {error}") from None
+    if len(given) > 1:
+        others = [n for n in given if n != "sft"]
+        open_inputs(given["sft"], [given[n] for n in others])  # names, shapes, tokenizer
+        for name in others:
+            if architecture_key(given[name]) != architecture_key(given["sft"]):
+                raise InputError(
+                    f"run {name}: {given[name]} is of another architecture, tokenizer or chat template than sft, "
+                    f"{given['sft']}"
+                )
+    path = given.get("sft") or configs["sft"].model.path
+    tokenizer: Any
+    if path == "embedded":
+        tokenizer = embedded.build_tokenizer()
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"run sft: {path} has no usable tokenizer ({str(error).splitlines()[0]})") from None
+    load_benchmarks(study, tokenizer)
+
+
+def load_benchmarks(study: Study, tokenizer: Any) -> list[Any]:
+    """The benchmarks, their prompts encoded. InputError for an unknown or an empty one."""
+    from m2rl import benchmarks
+
+    sources = dict(item.split("=", 1) for item in study.sampling.data_files)
+    config, found = sampling_config(study), []
+    for name in study.sampling.benchmarks:
+        with _as_input_error(f"sampling.benchmarks {name}"):
+            b = benchmarks.load(
+                name,
+                tokenizer,
+                config,
+                data_file=sources.get(name, ""),
+                k=study.sampling.k,
+                limit=study.sampling.problems,
+            )
+        if not b.prompts:
+            raise InputError(f"sampling.benchmarks: {name} has no problem")
+        found.append(dataclasses.replace(b, temperature=1.0))  # the policy itself, which is what divergences need
+    domains = {p.domain for b in found for p in b.prompts}
+    for d in study.domains:
+        if d not in domains:
+            raise InputError(f"sampling.benchmarks: no benchmark of domain {d}, which has an expert")
+    return found
+
+
+# ---- the plan ----
+
+
+def plan(study: Study, out: Path) -> list[Stage]:
+    """All stages of all seeds in an order that respects what each needs; of the stages that can begin, the first do."""
+    stages: list[Stage] = []
+    several = len(study.seeds) > 1
+    for seed in study.seeds:
+        s = Seed(study, seed, seed_folder(study, out, seed))
+        prefix = f"seed{seed}/" if several else ""
+        configs = training_configs(s)
+        domains = study.domains
+
+        def add(
+            name: str, inputs: Any, after: Sequence[str], hours: float, files: Sequence[str], ranks: int = 1
+        ) -> None:
+            needed = tuple(prefix + a for a in after if a in present)  # noqa: B023
+            stages.append(Stage(prefix + name, name, seed, inputs, needed, hours, ranks, tuple(files)))  # noqa: B023
+            present.add(name)  # noqa: B023
+
+        present: set[str] = set()
+        identity = {r.name: checkpoint_identity(r.checkpoint) for r in study.run if r.checkpoint}
+
+        def train(name: str, after: Sequence[str]) -> None:
+            if name in configs:  # noqa: B023
+                r = study.training(name)
+                used = [identity[a] for a in after if a in identity]  # noqa: B023
+                inputs = [to_toml(configs[name]), used]  # noqa: B023
+                add(name, inputs, after, r.device_hours * study.scale, [name], study.ranks)
+
+        train("sft", ())
+        train("mixed", ["sft"])  # the longest begins first
+        for d in domains:
+            train(d, ["sft"])
+        e, n = study.estimate, len(study.merge)
+        tried = sum(len(c) for name in study.merge if len(c := candidates(study, name)) > 1)
+        choose = tried * len(domains) * study.validation.problems * study.validation.k
+        train("distill", ["sft", *domains])
+        per_token = e.response_tokens / e.tokens_per_s / 3600
+        inputs = [study.merge, dataclasses.asdict(study.validation) if tried else None, identity]
+        add("merges", inputs, ["sft", *domains], n * e.merge_hours + choose * per_token, ["merges"])
+        sampling = [dataclasses.asdict(study.sampling), to_toml(sampling_config(study)), seed, identity]
+        one = responses_per_model(study) * per_token
+        add("merge_samples", sampling, ["merges"], n * one, [f"samples/{m}.jsonl" for m in study.merge], study.ranks)
+        mine = [f"samples/{m}.jsonl" for m in s.trained]
+        add("samples", sampling, ["sft", *domains, "mixed", "distill"], len(mine) * one, mine, study.ranks)
+        both, some = ["samples", "merge_samples"], [dataclasses.asdict(study.analyses), seed]
+        few = len(s.compared) ** 2 * responses_per_model(study) / study.analyses.every * e.response_tokens / 3600
+        few /= e.scored_tokens_per_s or e.tokens_per_s
+        models = ["sft", *domains, "mixed", "distill", "merges"]
+        add("policies", some, both, 2 * few, ["analysis/policies*", "analysis/information*"])
+        add("verification", some, both, few, ["analysis/verification*"])
+        add("weights", [seed], models, 0.2 * study.ranks if study.ranks > 1 else 0.001, ["analysis/weights*"])
+        add("skills", [], both, 0.001, ["analysis/skills*", "analysis/efficiency*"])
+    last = [s.key for s in stages if s.name in ("policies", "verification", "weights", "skills")]
+    settings = [study.name, study.scale, dataclasses.asdict(study.sampling)]
+    stages.append(Stage("report", "report", study.seeds[0], settings, tuple(last), 0.001, 1, ()))
     return stages
 
 
-def training_configs(study: Study) -> tuple[Config, dict[str, Config]]:
-    """(SFT, {expert, mixed, distill}) as complete run configurations."""
-
-    def shipped(name: str) -> Config:
-        return build(Config, *read_toml(name))
-
-    sft, rl = shipped("embedded_sft"), shipped("embedded")
-    steps = study.steps(sft.train.steps)
-    sft = dataclasses.replace(
-        sft,
-        seed=study.seed,
-        name="sft",
-        run_dir=str(study.out / "sft"),
-        train=dataclasses.replace(sft.train, steps=steps),
-    )
-
-    def run(name: str, domains: Sequence[Domain], steps: int, **changes: Any) -> Config:
-        return dataclasses.replace(
-            rl,
-            name=name,
-            seed=study.seed,
-            warm_start="",
-            run_dir=str(study.out / name),
-            model=dataclasses.replace(rl.model, path=str(study.out / "sft" / "model")),
-            data=Data(eval=()),
-            domain=tuple(domains),
-            train=dataclasses.replace(rl.train, steps=study.steps(steps)),
-            **changes,
-        )
-
-    quota = rl.rollout.prompts_per_step
-    share = quota // len(DOMAINS)
-    configs = {"mixed": run("mixed", [Domain(d, quota=share) for d in DOMAINS], MIXED_STEPS)}  # the longest goes first
-    configs |= {d: run(d, [Domain(d, quota=quota)], EXPERT_STEPS[d]) for d in DOMAINS}
-    taught = [Domain(d, quota=share, teacher=str(study.out / d / "model")) for d in DOMAINS]
-    configs["distill"] = run("distill", taught, DISTILL_STEPS, algorithm="distill")
-    return sft, configs
+def responses_per_model(study: Study) -> int:
+    c = study.sampling
+    return c.problems * c.k * len(c.benchmarks) or study.estimate.responses_per_model
 
 
-# ---- stages ----
+def seed_folder(study: Study, out: Path, seed: int) -> Path:
+    return out / f"seed{seed}" if len(study.seeds) > 1 else out
 
 
-def train(study: Study, config: Config) -> None:
-    """One `m2rl.train` run in a process of its own; a stopped one is continued from its last checkpoint."""
-    folder = study.out / "configs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{config.name}.toml"
-    path.write_text(to_toml(config))
-    log = study.out / "logs" / f"{config.name}.log"
-    log.parent.mkdir(exist_ok=True)
-    with open(log, "a") as output:
-        command = [sys.executable, "-m", "m2rl.train", "--config", str(path)]
-        done = subprocess.run(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=_end_with_parent,
-            check=False,
-        )
-    if done.returncode != 0 or not (study.out / config.name / "model" / "config.json").is_file():
-        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
-        raise InputError(f"stage {config.name} ended with status {done.returncode}: {last} (all of it: {log})")
+def checkpoint_identity(source: str) -> str:
+    """Changes when a checkpoint's weights are written again."""
+    from m2rl.evaluate import weights_identity
+    from m2rl.safetensors_io import resolve_folder
+
+    try:
+        return weights_identity(str(resolve_folder(source)))
+    except InputError:
+        return source  # a dry run may plan with checkpoints that are elsewhere
 
 
-_LIBC = ctypes.CDLL(None)
+def digest(stage: Stage, digests: Mapping[str, str]) -> str:
+    """Of the stage's own inputs and everything it is made from."""
+    content = json.dumps([stage.name, stage.inputs, [digests[key] for key in stage.after]], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
 
-def _end_with_parent() -> None:
-    """In the child: a killed study leaves no training behind (Linux; elsewhere the child runs to its end)."""
-    if sys.platform == "linux":
-        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def merge_all(study: Study) -> None:
-    """Every merge of the four experts; their inputs are small here, so one call each."""
-    from m2rl.merge import merge
-
-    experts = [str(study.out / d / "model") for d in DOMAINS]
-    for name, options in MERGES.items():
-        folder = study.out / "merges" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        merge(str(study.out / "sft" / "model"), experts, **options, out=str(folder), progress=False, sync=False)
-
-
-def sample_all(study: Study) -> None:
-    """K samples of every model on every domain's held-out problems; files that are complete stay."""
-    from m2rl.analyze.samples import sample_models
-    from m2rl.evaluate import Evaluator
-
-    shutil.rmtree(study.out / "samples", ignore_errors=True)
-    models = {name: str(folder) for name, folder in study.models.items()}
-    with contextlib.closing(Evaluator(models["sft"])) as evaluator:
-        sample_models(
-            evaluator,
-            models,
-            list(DOMAINS),
-            k=study.k,
-            problems=study.problems,
-            seed=study.seed,
-            folder=study.out / "samples",
-        )
-
-
-def analyze_all(study: Study) -> None:
-    """Weights, policies, skills, information, efficiency; each writes its JSON, CSV and SVG."""
-    from m2rl.analyze import efficiency, information, policies, skills, weights
-    from m2rl.analyze.samples import read_folder
-
-    out = study.out / "analysis"
-    models = {name: str(folder) for name, folder in study.models.items()}
-    samples = read_folder(study.out / "samples", list(models))
-    experts = {d: d for d in DOMAINS}
-    rest = {n: m for n, m in models.items() if n != "sft"}
-    weights.analyze(weights.measure(models["sft"], rest, seed=study.seed), base="sft").write(out)
-    # Every pair of policies is scored on every sample: a quarter of the samples, and three merges, are enough.
-    few = {n: samples[n][::4] for n in models if n not in MERGES or n in COMPARED_MERGES}
-    kl = policies.kl_matrix({n: models[n] for n in few}, few, keep=len(few))
-    policies.analyze(kl, policies.accuracies({n: samples[n] for n in few}), base="sft", experts=experts).write(out)
-    rewards = {n: skills.rewards_of(s) for n, s in samples.items()}
-    skills.analyze(rewards, base="sft", experts=list(DOMAINS)).write(out)
-    kinds = dict.fromkeys(DOMAINS, "expert") | dict.fromkeys(COMPARED_MERGES, "merge")
-    kinds |= {"mixed": "mixed", "distill": "distill"}
-    information.analyze(kl, {n: rewards[n] for n in few}, base="sft", kinds=kinds).write(out)
-    runs = [
-        efficiency.read_run(str(study.out / name), name, kind)
-        for name, kind in [
-            ("sft", "sft"),
-            *((d, "expert") for d in DOMAINS),
-            ("mixed", "mixed"),
-            ("distill", "distill"),
-        ]
-    ]
-    efficiency.analyze([*runs, efficiency.merge_cost("merges", seconds_of(study, "merges"))]).write(out)
-
-
-def write_report(study: Study) -> None:
-    from m2rl.report import write
-
-    write(study.out, list(study.models), list(DOMAINS), {"seed": study.seed, "scale": study.scale, "k": study.k})
+def digests_of(stages: Sequence[Stage]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for stage in stages:
+        found[stage.key] = digest(stage, found)
+    return found
 
 
 # ---- running the plan ----
 
 
-def marker(study: Study, name: str) -> Path:
-    return study.out / "stages" / f"{name}.json"
+def marker(folder: Path, name: str) -> Path:
+    return folder / "stages" / f"{name}.json"
 
 
-def seconds_of(study: Study, name: str) -> float:
-    return float(json.loads(marker(study, name).read_text())["seconds"])
+def finished(folder: Path, stage: Stage, digests: Mapping[str, str]) -> bool:
+    path = marker(folder, stage.name)
+    return path.is_file() and json.loads(path.read_text())["digest"] == digests[stage.key]
 
 
-def digest(stage: Stage, digests: Mapping[str, str]) -> str:
-    """Of the stage's own inputs and everything it is made from."""
-    content = json.dumps([stage.name, stage.inputs, [digests[name] for name in stage.after]], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
+def launcher(ranks: int) -> list[str]:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *(several if ranks > 1 else [])]
 
 
-def run(study: Study, only: Sequence[str] = ()) -> None:
-    """Do what is not done yet; two training stages at a time."""
-    stages = plan(study)
-    unknown = [name for name in only if name not in {s.name for s in stages}]
-    if unknown:
-        raise InputError(f"--only: no stage {unknown[0]} (there are: {', '.join(s.name for s in stages)})")
-    (study.out / "stages").mkdir(parents=True, exist_ok=True)
-    display = Display(True)
-    digests: dict[str, str] = {}
-    for stage in stages:
-        digests[stage.name] = digest(stage, digests)
-    waiting = [s for s in stages if not finished(study, s, digests) and (not only or s.name in only)]
-    if only:
-        for stage in waiting:
-            for name in stage.after:
-                if name not in only and not finished(study, next(s for s in stages if s.name == name), digests):
-                    raise InputError(f"stage {stage.name} needs {name}, which is not done: run without --only first")
-    display.say(
-        f"{len(stages) - len(waiting)} of {len(stages)} stages are done; to do: {', '.join(s.name for s in waiting)}"
+def clear(folder: Path, stage: Stage, wanted: str) -> None:
+    """Keep what an interrupted attempt at this very stage left; what was made from other inputs goes."""
+    started = marker(folder, stage.name).with_suffix(".started")
+    started.parent.mkdir(parents=True, exist_ok=True)
+    if started.is_file() and started.read_text() == wanted:
+        return
+    for pattern in stage.files:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    started.write_text(wanted)
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def _end_with_parent(number: int) -> Callable[[], None]:
+    """In the child: a killed study leaves no stage behind (Linux; elsewhere the child runs to its end)."""
+
+    def ask() -> None:
+        if sys.platform == "linux":
+            _LIBC.prctl(1, number)  # PR_SET_PDEATHSIG
+
+    return ask
+
+
+@dataclass
+class Running:
+    stage: Stage
+    folder: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+    output: IO[bytes]
+    begun: float
+    steps: int  # of training; 0 = unknown
+
+    @property
+    def share(self) -> float:
+        """Of the stage that is done, from the last line of a training run's metrics."""
+        path = self.folder / self.stage.name / "metrics.jsonl"
+        if not self.steps or not path.is_file():
+            return 0.0
+        with open(path, "rb") as lines:
+            lines.seek(max(0, path.stat().st_size - 8192))
+            for line in reversed(lines.read().splitlines()):
+                with contextlib.suppress(ValueError, KeyError):
+                    return min(1.0, (json.loads(line)["step"] + 1) / self.steps)
+        return 0.0
+
+
+def start(study: Study, out: Path, stage: Stage, wanted: str, argv: Sequence[str]) -> Running:
+    """Begin one stage as a process."""
+    folder = out if stage.name == "report" else seed_folder(study, out, stage.seed)
+    clear(folder, stage, wanted)
+    config = training_configs(Seed(study, stage.seed, folder)).get(stage.name)
+    command, steps = launcher(stage.ranks), 0
+    if config is not None:
+        path = folder / "configs" / f"{config.name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_toml(config))
+        command, steps = [*command, "-m", "m2rl.train", "--config", str(path)], config.train.steps
+    else:
+        command = [*command, "-m", "m2rl.study_stages", stage.key, *argv]
+    log = folder / "logs" / f"{stage.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output = open(log, "ab")  # noqa: SIM115  closed by end
+    # torchrun passes SIGTERM on to its ranks; a killed one would leave them behind
+    ask = _end_with_parent(signal.SIGTERM if stage.ranks > 1 else signal.SIGKILL)
+    one_thread = {"OMP_NUM_THREADS": "1"} if study.lanes > 1 else {}  # lanes share the cores
+    process = subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**one_thread, **os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=ask,
     )
-    ready = {s.name for s in stages} - {s.name for s in waiting}
+    return Running(stage, folder, process, log, output, time.perf_counter(), steps)
 
-    def work(stage: Stage) -> None:
-        start = time.perf_counter()
-        stage.work()
-        seconds = time.perf_counter() - start
-        partial = marker(study, stage.name).with_suffix(".partial")
-        partial.write_text(json.dumps({"digest": digests[stage.name], "seconds": seconds}))
-        partial.rename(marker(study, stage.name))
 
-    display.start("study", len(stages), len(ready))
+def end(r: Running, wanted: str) -> float:
+    """Write the marker of a stage whose process has ended; its seconds. InputError with its last words if it failed."""
+    r.output.close()
+    seconds = time.perf_counter() - r.begun
+    trained = not r.steps or (r.folder / r.stage.name / "model" / "config.json").is_file()
+    if r.process.returncode != 0 or not trained:
+        lines = [line for line in r.log.read_text(errors="replace").splitlines() if line.strip()]
+        said = [line for line in lines if line.startswith("m2rl: ")] or lines or ["no output"]
+        raise InputError(f"stage {r.stage.key} ended with status {r.process.returncode}: {said[-1]} (all: {r.log})")
+    path = marker(r.folder, r.stage.name)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"digest": wanted, "seconds": seconds}))
+    partial.rename(path)
+    return seconds
+
+
+def run(study: Study, out: Path, argv: Sequence[str], only: Sequence[str] = ()) -> None:
+    """Do what is not done yet, `lanes` stages at a time. argv: the command line that names this study."""
+    stages = plan(study, out)
+    names = list(dict.fromkeys(s.name for s in stages))
+    for name in only:
+        if name not in names:
+            raise InputError(f"--only: no stage {name} (there are: {', '.join(names)})")
+    digests = digests_of(stages)
+    folders = {s.key: out if s.name == "report" else seed_folder(study, out, s.seed) for s in stages}
+    done = {s.key for s in stages if finished(folders[s.key], s, digests)}
+    todo = [s for s in stages if s.key not in done and (not only or s.name in only)]
+    coming = {s.key for s in todo}
+    for s in todo:
+        for key in s.after:
+            if key not in done and key not in coming:
+                raise InputError(f"stage {s.key} needs {key}, which is not done: name it as well, or leave out --only")
+    display, running = Display(True), list[Running]()
+    display.say(f"{len(done)} of {len(stages)} stages are done; to do: {', '.join(s.key for s in todo) or 'none'}")
+    if not todo:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # noqa: SIM115  held until this process ends
     try:
-        while waiting:
-            able = [s for s in waiting if set(s.after) <= ready]
-            batch = able[:2] if all(s.name in (*DOMAINS, "mixed", "distill", "merges") for s in able[:2]) else able[:1]
-            display.update(len(ready), f"now: {', '.join(s.name for s in batch)}")
-            with ThreadPoolExecutor(2) as pool:
-                for future in [pool.submit(work, s) for s in batch]:
-                    future.result()
-            ready |= {s.name for s in batch}
-            waiting = [s for s in waiting if s not in batch]
-            for s in batch:
-                display.say(f"{s.name} {seconds_of(study, s.name):.0f} s")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another study is at work in {out}: wait for it, or name another --out") from None
+    preflight(study, out)
+    total = sum(max(s.hours, 1e-4) for s in todo)
+    spent, begun, shown, count = 0.0, time.perf_counter(), -1, len(todo)
+
+    def progress() -> tuple[int, str]:
+        part = spent + sum(r.share * max(r.stage.hours, 1e-4) for r in running)
+        share, gone = part / total, time.perf_counter() - begun
+        left = f", about {clock(gone * (1 - share) / share)} left" if share > 0.02 else ""
+        return int(100 * share), f"{count - len(todo) - len(running)} of {count} stages, {clock(gone)}{left}"
+
+    display.start("study", 100, 0)
+    try:
+        while todo or running:
+            for s in list(todo):
+                if len(running) < study.lanes and set(s.after) <= done:
+                    todo.remove(s)
+                    running.append(start(study, out, s, digests[s.key], argv))
+            time.sleep(0.1)
+            for r in [r for r in running if r.process.poll() is not None]:
+                running.remove(r)
+                seconds = end(r, digests[r.stage.key])
+                done.add(r.stage.key)
+                spent += max(r.stage.hours, 1e-4)
+                percent, words = progress()
+                display.say(f"{r.stage.key} took {clock(seconds)}; {percent} % of the work, {words}")
+            percent, words = progress()
+            if percent != shown:
+                shown = percent
+                now = ", ".join(r.stage.key for r in running)
+                display.update(percent, f"{words}; now {now or 'ready'}")
     finally:
         display.stop()
+        stop(running)
 
 
-def finished(study: Study, stage: Stage, digests: Mapping[str, str]) -> bool:
-    path = marker(study, stage.name)
-    return path.is_file() and json.loads(path.read_text())["digest"] == digests[stage.name]
+def stop(running: Sequence[Running]) -> None:
+    """Ask the stages that still run to save and end; wait for them."""
+    for r in running:
+        r.process.terminate()
+    for r in running:
+        try:
+            r.process.wait(SIGTERM_WAIT_S)
+        except subprocess.TimeoutExpired:
+            r.process.kill()
+            r.process.wait()
+        r.output.close()
+
+
+def clock(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.1f} min" if minutes < 90 else f"{hours:.1f} h"
+
+
+# ---- --dry-run ----
+
+
+def print_plan(study: Study, out: Path) -> None:
+    """Stages, devices, estimated hours and what they are assumed from; nothing is loaded or written."""
+    stages = plan(study, out)
+    digests = digests_of(stages)
+    unit = "GPU" if study.ranks > 1 else "core"
+    print(f"{study.name} in {out}: {len(stages)} stages, {study.lanes} at a time, up to {study.ranks} {unit}(s) each\n")
+    print(f"{'stage':22} {'state':8} {unit + 's':>5} {unit + ' hours':>10} {'wall':>9}  after")
+    hours = wall = 0.0
+    for r in study.run:
+        if r.checkpoint:
+            print(f"{r.name:22} {'given':8} {'-':>5} {'-':>10} {'-':>9}  {r.checkpoint}")
+    for s in stages:
+        folder = out if s.name == "report" else seed_folder(study, out, s.seed)
+        state = "done" if finished(folder, s, digests) else "to do"
+        if state == "to do":
+            hours, wall = hours + s.hours, wall + s.hours / s.ranks
+        size = f"{s.hours:.1f}" if s.hours >= 0.1 else f"{s.hours:.3f}"
+        print(
+            f"{s.key:22} {state:8} {s.ranks:5} {size:>10} {clock(3600 * s.hours / s.ranks):>9}  "
+            f"{', '.join(s.after) or '-'}"
+        )
+    print(f"{'to do':22} {'':8} {'':5} {hours:10.1f} {clock(3600 * wall / study.lanes):>9}")
+    print("\nHours are estimates:")
+    for note in study.estimate.notes:
+        print(f"  {note}")
+    command = f"torchrun --standalone --nproc-per-node {study.ranks}" if study.ranks > 1 else "python"
+    print(f"Training stages run as: {command} -m m2rl.train --config {out}/configs/STAGE.toml")
+    tried = {name: len(c) for name in study.merge if len(c := candidates(study, name)) > 1}
+    print(f"Merges: {', '.join(study.merge)}")
+    if tried:
+        chosen = ", ".join(f"{n} of {k}" for n, k in tried.items())
+        print(f"Coefficients chosen on {study.validation.problems} training problems per domain: {chosen}")
+    missing = [p for c in training_configs(Seed(study, study.seeds[0], out)).values() for p in absent(c.data)]
+    for p in dict.fromkeys(missing):
+        print(f"Data {p}: NOT FOUND here; the study needs it")
+    for r in study.run:
+        if r.checkpoint and not checkpoint_is_here(r.checkpoint):
+            print(f"Checkpoint of {r.name}, {r.checkpoint}: NOT FOUND here; the study needs it")
+    print("Dry run: nothing was loaded, trained or written.")
+
+
+def absent(data: Data) -> list[str]:
+    import glob
+
+    from m2rl.data.mixture import GENERATED
+
+    return [p for p in data.train if p not in GENERATED and not glob.glob(p)]
+
+
+def checkpoint_is_here(source: str) -> bool:
+    from m2rl.safetensors_io import resolve_folder
+
+    with contextlib.suppress(InputError):
+        return resolve_folder(source).is_dir()
+    return False
+
+
+# ---- command ----
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m m2rl.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--config", default="study_embedded", metavar="FILE|NAME", help="study_embedded, study_qwen3_4b ...")
+    p.add_argument("--out", default="", help="folder of the study, default runs/<its name>; the same one continues it")
+    p.add_argument("--seeds", type=int, nargs="+", default=[], help="one study per seed, one report with intervals")
+    p.add_argument("--checkpoint", nargs="+", default=[], metavar="RUN=FOLDER", help="models that are there already")
+    p.add_argument("--scale", type=float, default=0.0, help="of every number of training steps (0.1 = a tenth)")
+    p.add_argument("--problems", type=int, default=0, help="held-out problems per benchmark, at most")
+    p.add_argument("--k", type=int, default=0, help="samples per problem: Avg@K")
+    p.add_argument("--ranks", type=int, default=0, help="processes (GPUs) per stage, under torchrun")
+    p.add_argument("--lanes", type=int, default=0, help="stages at once")
+    p.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="do these stages only")
+    p.add_argument("--dry-run", action="store_true", help="print stages, devices and estimated hours, and stop")
+    p.add_argument(
+        "--work", default="", help=argparse.SUPPRESS
+    )  # one stage in this process: how the study calls itself
+    return p
+
+
+def resolve(o: argparse.Namespace) -> tuple[Study, str]:
+    """The study's file with the command line's changes, not yet verified."""
+    study, where = read(o.config)
+    given = {}
+    for item in o.checkpoint:
+        name, equals, folder = item.partition("=")
+        if not equals or name not in {r.name for r in study.run}:
+            raise InputError(
+                f"--checkpoint {item}: must be RUN=FOLDER, RUN one of {', '.join(r.name for r in study.run)}"
+            )
+        given[name] = folder
+    runs = tuple(dataclasses.replace(r, checkpoint=given.get(r.name, r.checkpoint)) for r in study.run)
+    sampling = dataclasses.replace(
+        study.sampling, problems=o.problems or study.sampling.problems, k=o.k or study.sampling.k
+    )
+    v = study.validation
+    if o.problems:
+        v = dataclasses.replace(v, problems=min(v.problems, max(2, o.problems)))
+    changed: dict[str, Any] = {"run": runs, "sampling": sampling, "validation": v}
+    changed |= {key: getattr(o, key) for key in ("scale", "ranks", "lanes") if getattr(o, key)}
+    changed |= {"seeds": tuple(o.seeds)} if o.seeds else {}
+    return dataclasses.replace(study, **changed), where
+
+
+def folder_of(study: Study, o: argparse.Namespace) -> Path:
+    return Path(o.out or f"runs/{study.name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m m2rl.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="runs/study", help="folder of the study; the same folder continues it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="of every number of training steps (0.1 = a tenth)")
-    parser.add_argument("--problems", type=int, default=160, help="held-out problems per domain")
-    parser.add_argument("--k", type=int, default=8, help="samples per problem: Avg@K")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="do these stages only")
-    parser.add_argument("--dry-run", action="store_true", help="print the stages and stop")
-    o = parser.parse_args(argv)
-    if o.scale <= 0 or o.problems < 2 or o.k < 1:
-        raise InputError("--scale must be above 0, --problems at least 2, --k at least 1")
-    study = Study(Path(o.out), o.seed, o.scale, o.problems, o.k)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    o = parser().parse_args(argv)
+    study = verify(*resolve(o))
+    out = folder_of(study, o)
     if o.dry_run:
-        for stage in plan(study):
-            print(f"{stage.name:10} after {', '.join(stage.after) or 'nothing'}")
+        print_plan(study, out)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run(study, o.only)
-    print(f"Report: {study.out / 'report.html'}")
+    run(study, out, argv, o.only)
+    report = out / "report.html"
+    if report.is_file() and not o.only:
+        print(f"Report: {report}")
     return 0
 
 

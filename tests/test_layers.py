@@ -35,6 +35,7 @@ LAYER = {  # a module may import its own layer and those below
     "merge_sweep": 6,
     "analyze": 6,
     "study": 7,
+    "study_stages": 8,
     "report": 7,
     "findings": 7,
     "browser": 7,

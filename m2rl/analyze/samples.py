@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m2rl.benchmarks import Benchmark
+from m2rl.checkpoint import rank
 from m2rl.data import read_records
 from m2rl.evaluate import Evaluator, Weights
 from m2rl.types import InputError, Prompt, Sample
@@ -102,7 +103,7 @@ def read_folder(folder: str | Path, models: Sequence[str], *, tokens: bool = Tru
 def sample_models(
     evaluator: Evaluator,
     models: Mapping[str, Weights],
-    benchmarks: Sequence[str],
+    benchmarks: Sequence[str | Benchmark],
     *,
     k: int = 0,
     problems: int = 0,
@@ -132,7 +133,7 @@ def sample_models(
             continue
         evaluator.take(weights)
         out[name] = [s for b in found for s in evaluator.samples(b, seed=seed)]
-        if path is not None:
+        if path is not None and rank() == 0:  # every rank has all samples
             write_samples(path, out[name], name)
     return out
 

@@ -9,7 +9,7 @@ import torch
 from commands import torchrun
 
 from m2rl import checkpoint
-from m2rl.config import Objective, Optim
+from m2rl.config import Config, Objective, Optim, build, read_toml
 from m2rl.learner import Learner
 from m2rl.objectives import PolicyGradient, TeacherDivergence
 from m2rl.policy import ATTENTION, Policy, load_weights
@@ -85,6 +85,53 @@ def test_teachers_are_written_in_place_and_another_architecture_is_refused(tmp_p
             load_weights(policy, tmp_path / other)
 
 
+def test_the_shipped_full_size_recipe_is_the_papers():
+    c, mixed = (build(Config, *read_toml(name)) for name in ("qwen3_4b_distill", "qwen3_4b_mixed"))
+    r, o = c.rollout, c.optim
+    assert (r.prompts_per_step, r.group_size, r.max_new_tokens, r.max_prompt_tokens) == (256, 4, 16384, 2048)
+    assert (o.lr, o.weight_decay, o.beta1, o.beta2, o.schedule) == (1e-6, 0.1, 0.9, 0.98, "constant")
+    assert (c.distill.divergence, c.objective.tis_cap, c.objective.kl_coef) == ("sampled_reverse", 0.0, 0.0)
+    assert c.train.steps == 200 and c.data.train == mixed.data.train and c.model == mixed.model
+    assert len({d.teacher for d in c.domain}) == 4
+
+
+def test_token_mass_is_shared_as_asked_and_the_total_stays():
+    from m2rl.distill import share_mass, token_mass
+
+    rows = tiny.rows(domains=3)
+    before = token_mass(rows, 3)
+    share_mass(rows, [0.0, 0.0, 0.0])
+    assert token_mass(rows, 3) == pytest.approx(before)
+    share_mass(rows, [1.0, 2.0, 5.0])
+    assert token_mass(rows, 3) / before.sum() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    rows = [r for r in rows if r.domain != 2]
+    share_mass(rows, [1.0, 3.0, 9.0])
+    mass = token_mass(rows, 3)
+    assert mass / mass.sum() == pytest.approx([1 / 4, 3 / 4, 0])
+
+
+def test_teachers_of_another_tokenizer_or_architecture_or_nowhere_are_refused_before_weights_are_read(tmp_path):
+    from m2rl import embedded
+    from m2rl.distill import check_teachers
+
+    for name in ("student", "teacher", "words"):
+        embedded.save(tmp_path / name, 0)
+    for name in ("student", "teacher", "words"):
+        (tmp_path / name / "model.safetensors").write_bytes(b"not read")
+    tiny.model().save_pretrained(tmp_path / "other")
+    embedded.build_tokenizer().save_pretrained(tmp_path / "other")
+    check_teachers(str(tmp_path / "student"), {"math": str(tmp_path / "teacher")})
+    words = tmp_path / "words" / "tokenizer.json"
+    words.write_text(words.read_text().replace('"sum("', '"som("'))
+    for name, message in (
+        ("words", "domain if: teacher .*words has another tokenizer than the student: 2 entries differ, first 's.m"),
+        ("other", "domain if: teacher .*other is of another architecture than the student: vocab_size is 97"),
+        ("nowhere", "domain if: teacher .*nowhere is not a Hugging Face model folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_teachers(str(tmp_path / "student"), {"math": str(tmp_path / "teacher"), "if": str(tmp_path / name)})
+
+
 def user_toml(folder, divergence, **teachers):
     lines = ['name = "distilled"', 'algorithm = "distill"', f'run_dir = "{folder / "run"}"']
     lines += ["[model]", f'path = "{folder / "model"}"', "[data]", 'eval = ["procedural"]']
@@ -117,6 +164,30 @@ def test_the_command_distills_each_domains_teacher(folders, divergence, ranks):
     assert all(m[f"{d}/token_mass"] == pytest.approx(0.5) for m in steps for d in ("math", "if"))
     assert steps[-1][f"math/{name}"] < steps[0][f"math/{name}"]
     assert checkpoint.complete(folders / "run")
+
+
+def test_the_engine_is_awake_with_the_newest_weights_whenever_it_generates(folders, monkeypatch):
+    """On a GPU an engine sleeps while the learner works; a rollout on a sleeping one fails."""
+    from m2rl.rollout.native import NativeEngine
+
+    awake, versions = [True], []
+    submit, sync = NativeEngine.submit, NativeEngine.sync
+
+    def watched(self, requests):
+        assert awake[0], "rollout on a sleeping engine"
+        return submit(self, requests)
+
+    def synced(self, policy, version):
+        versions.append(version)
+        return sync(self, policy, version)
+
+    monkeypatch.setattr(NativeEngine, "sleep", lambda self: awake.__setitem__(0, False))
+    monkeypatch.setattr(NativeEngine, "wake", lambda self: awake.__setitem__(0, True))
+    monkeypatch.setattr(NativeEngine, "submit", watched)
+    monkeypatch.setattr(NativeEngine, "sync", synced)
+    config = user_toml(folders, "sampled_reverse", math=folders / "math_teacher", **{"if": folders / "if_teacher"})
+    assert main(["--config", config, "--train.steps", "2"]) == 0
+    assert versions[-3:] == [0, 1, 2] and not awake[0]  # two steps, and the evaluation after them
 
 
 def test_a_domain_without_a_teacher_is_an_error(folders):
