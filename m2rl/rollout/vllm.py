@@ -180,6 +180,9 @@ class VllmEngine:
             )
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
         _ALIVE.append(engine)
+        finalizer = getattr(engine.engine_core, "_finalizer", None)
+        if finalizer is not None:  # at exit it would destroy groups that went with the trainer's, and print a traceback
+            finalizer.atexit = False
         return engine
 
     def _worker(self) -> Any:
