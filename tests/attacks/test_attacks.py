@@ -146,12 +146,13 @@ def test_it_gains_and_leaves_nothing(scene, attack, level):
     assert scene.word not in verdict.detail.partition("expected")[0]
     assert scene.look() == scene.before
     assert scene.victim.poll() is None and psutil.Process(scene.victim.pid).status() != psutil.STATUS_STOPPED
+    # a program of its own, or its verdict would be remembered and nothing run
+    honest = code.verify(f"```python\nprint('{scene.word}')  # {attack.name}\n```", spec | {"time_limit_s": 4})
+    assert honest.reward == 1, honest
     deadline = time.monotonic() + 5
     while len(living()) > count and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(living()) <= count
-    honest = code.verify(f"```python\nprint('{scene.word}')\n```", spec | {"time_limit_s": 4})
-    assert honest.reward == 1, honest
 
 
 def test_there_are_enough_and_each_names_its_level():
