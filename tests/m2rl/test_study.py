@@ -318,9 +318,9 @@ def alive(pid: int) -> bool:
 
 
 def test_a_stage_that_fails_names_its_last_words_and_its_log(tmp_path):
-    (tmp_path / "broken.toml").write_text(
-        'algorithm = "sft"\n[model]\npath = "embedded"\n[train]\ntokens_per_bin = 16\n'
-    )
+    (tmp_path / "rows.jsonl").write_text("no JSON at all\n")
+    broken = f'algorithm = "sft"\n[model]\npath = "embedded"\n[data]\ntrain = ["{tmp_path}/rows.jsonl"]\n'
+    (tmp_path / "broken.toml").write_text(broken)
     text = Path(study.__file__).with_name("configs").joinpath("study_embedded.toml").read_text()
     (tmp_path / "study.toml").write_text(text.replace('"embedded_sft"', f'"{tmp_path}/broken.toml"'))
     argv = [
@@ -333,7 +333,7 @@ def test_a_stage_that_fails_names_its_last_words_and_its_log(tmp_path):
         "--only",
         "sft",
     ]
-    done = subprocess.run(command(*argv), env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(*argv), env=environment(), capture_output=True, text=True, timeout=420)
     assert done.returncode == 2
-    assert "stage sft ended with status 2: m2rl: step 0: every demonstration is longer" in done.stderr
+    assert "stage sft ended with status 2: m2rl: " in done.stderr and "rows.jsonl:1: " in done.stderr
     assert "sft.log" in done.stderr
