@@ -14,6 +14,7 @@ table gives the paper's own number. The paper states its findings without tests;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -98,6 +99,13 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
 
 
+def _ends(drawn_R: np.ndarray) -> tuple[float, float]:
+    """The 95% percentile interval of the draws that have a value; NaN where none has."""
+    known = drawn_R[np.isfinite(drawn_R)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
 class Comparison:
     """All models of one or several seeds, and what can be estimated from them."""
 
@@ -152,7 +160,7 @@ class Comparison:
             return Estimate(*t_interval(values), len(values), "seeds")
         drawn = f(self._at(self._draws, used))
         # a ratio has no value in a draw whose denominator is not positive
-        low, high = np.nanquantile(np.broadcast_to(np.asarray(drawn, dtype=np.float64), (RESAMPLES,)), [0.025, 0.975])
+        low, high = _ends(np.broadcast_to(np.asarray(drawn, dtype=np.float64), (RESAMPLES,)))
         return Estimate(values[0], float(low), float(high), sum(len(self.problems[b]) for b in used), "problems")
 
     def over_sets(self, f: Callable[[Mapping[str, np.ndarray], np.ndarray], np.ndarray]) -> Estimate:
@@ -166,7 +174,7 @@ class Comparison:
         if len(results) > 1:
             return Estimate(*t_interval(results), len(results), "seeds")
         weights = np.concatenate(self._counts, axis=1)
-        low, high = np.nanquantile(f(solved, weights), [0.025, 0.975])
+        low, high = _ends(f(solved, weights))
         return Estimate(results[0], float(low), float(high), len(ids), "problems")
 
     def per_seed(self, f: Callable[[Seed], tuple[float, float, float, int, str]]) -> Estimate:
@@ -351,7 +359,15 @@ def check(c: Comparison) -> list[Finding]:
                 )
             )
     out.append(_retention(c))
-    return out
+    return [_known(f) for f in out]
+
+
+def _known(f: Finding) -> Finding:
+    """A statistic that has no value (no problem solved, no variance) supports no verdict."""
+    e = f.estimate
+    if e is None or all(map(math.isfinite, (e.value, e.low, e.high))):
+        return f
+    return dataclasses.replace(f, verdict=UNTESTED, estimate=None, note="the statistic has no value on these samples")
 
 
 def _interference(c: Comparison) -> Finding:
@@ -447,14 +463,14 @@ def _cosines(c: Comparison) -> Finding:
 
     def one(s: Seed) -> tuple[float, float, float, int, str]:
         r, names = s.analyses["weights"]["results"], s.analyses["weights"]["inputs"]["models"]
-        at = [(names.index(p["a"]), names.index(p["b"])) for p in _pairs_of(c, s, "model")]
+        at = [(names.index(p["a"]), names.index(p["b"])) for p in _pairs_of(c, s, "model") if p["cosine"] is not None]
         mean = float(np.mean([r["projected_cosine"][i][j] for i, j in at]))
         # the errors of pairs that share a model may add up: the widest case
         half = 1.96 * float(np.mean([r["projected_std_at_most"][i][j] for i, j in at]))
         return mean, mean - half, mean + half, len(at), "pairs"
 
     e = c.per_seed(one)
-    exact = [[p["cosine"] for p in _pairs_of(c, s, "model")] for s in c.seeds]
+    exact = [p["cosine"] for s in c.seeds for p in _pairs_of(c, s, "model") if p["cosine"] is not None] or [math.nan]
     note = f"exact cosines {np.min(exact):.3f} to {np.max(exact):.3f}, mean {np.mean(exact):.3f}"
     return Finding(name, claim, test, above(e), e, "ratio", note=note)
 
@@ -485,7 +501,7 @@ def _neighbours(c: Comparison) -> Finding:
         rows = [np.flatnonzero(policies == p) for p in names]
         rng = np.random.default_rng(0)
         drawn = [r2(np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])) for _ in range(1000)]
-        low, high = np.nanquantile(drawn, [0.025, 0.975])
+        low, high = _ends(np.array(drawn))
         return r2(np.arange(len(table))), float(low), float(high), len(names), "policies"
 
     e = c.per_seed(one)

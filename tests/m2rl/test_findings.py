@@ -84,7 +84,8 @@ def test_gains_kept_are_ratios_of_paired_gains_and_absent_without_a_gain():
 
 def test_rules():
     e = Estimate(0.02, 0.01, 0.03, 9, "problems")
-    assert above(e) == "holds" and above(e, 0.05) == "does not hold" and above(e, 0.02) == "undecided"
+    assert above(e) == "holds" and above(e, 0.05) == "does not hold"
+    assert above(e, 0.015) == above(e, 0.025) == "undecided"  # the estimate is on one side, the interval on both
     assert [within(e, m) for m in (0.04, 0.005, 0.02)] == ["holds", "does not hold", "undecided"]
 
 
@@ -113,6 +114,12 @@ def test_rules():
 )
 def test_a_finding_follows_its_numbers(name, changed, verdict):
     assert verdicts(comparison(seed_of(chances(**changed))))[name] == verdict
+
+
+def test_a_statistic_without_a_value_is_no_verdict():
+    everything = seed_of(dict.fromkeys(small_study.MODELS, dict.fromkeys(DOMAINS, 0.0)))
+    found = {f.name: f for f in check(comparison(everything))}["Merges inherit, mixing departs"]
+    assert found.verdict == findings.UNTESTED and found.estimate is None and "has no value" in found.note
 
 
 def test_merges_inherit_where_they_solve_the_experts_problems_and_the_mixed_run_does_not():
