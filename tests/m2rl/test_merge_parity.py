@@ -153,8 +153,8 @@ def test_model_stock_and_karcher():
 
 RECIPES = {  # the shapes of recipe that mergekit's documentation shows
     "linear": "models: [{model: A, parameters: {weight: 1.0}}, {model: B, parameters: {weight: 0.3}}]\n",
-    "task_arithmetic": "base_model: BASE\nmodels: [{model: A, parameters: {weight: 0.5}}, {model: B, parameters: {weight: 1}}]\n"
-    "parameters: {lambda: 0.7}\n",
+    "task_arithmetic": "base_model: BASE\nparameters: {lambda: 0.7}\n"
+    "models: [{model: A, parameters: {weight: 0.5}}, {model: B, parameters: {weight: 1}}]\n",
     "ties": """
 models:
   - model: BASE
