@@ -3,7 +3,7 @@
 // order. Tables arrive on the host and are uploaded by each call; answers come back to the host, so each call synchronises once.
 //
 //   select   histogram of the high 15 bits of the key in shared memory (zeros counted in a register), then of the low 16 bits of
-//            the boundary bin, then ties per chunk: three readings; the second is skipped where keys have 15 bits (bfloat16)
+//            the boundary bin, then ties per chunk: three readings
 //   apply    8 elements per thread, 16-byte loads where the addresses allow, K <= 8 experts in registers
 #include <cerrno>
 #include <cuda_runtime.h>
@@ -414,11 +414,13 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(View in, RuleView r, int
     const int n = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), chunk.end - i)));
     float b[kVector], d[K][kVector];
     prepare<K>(in, r, filter, t, i, n, b, d, lanes, count, before, after);
-    for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {  // beyond n every d is 0 and adds nothing; a constant bound keeps d in registers
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         square[k] += static_cast<double>(d[k][j]) * static_cast<double>(d[k][j]);
         if (want_gram)
+#pragma unroll
           for (int q = 0; q <= k; ++q) gram[k * (k + 1) / 2 + q] += static_cast<double>(d[k][j]) * static_cast<double>(d[q][j]);
       }
       if (sign != nullptr) {
@@ -442,7 +444,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(View in, RuleView r, int
     if (varied != nullptr) {
       float v[kVector];
       variance8<K>(in.experts, d, v);
-      for (int j = 0; j < n; ++j) variances += v[j] != 0.0f;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) variances += j < n && v[j] != 0.0f;
     }
   }
   auto block_sum = [&](double value, int slot) {
@@ -532,9 +535,10 @@ __global__ void __launch_bounds__(kThreads) high_kernel(View in, RuleView r, int
       const int n = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), chunk.end - i)));
       uint32_t key[kVector];
       keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
-      for (int j = 0; j < n; ++j) {
-        if (key[j] == 0) ++zeros;
-        else atomicAdd(histogram + (key[j] >> 16), 1u);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        if (j < n && key[j] == 0) ++zeros;
+        else if (j < n) atomicAdd(histogram + (key[j] >> 16), 1u);
       }
     }
     if (report.nonfinite != nullptr) {
@@ -553,10 +557,10 @@ __global__ void __launch_bounds__(kThreads) high_kernel(View in, RuleView r, int
 }
 
 // One block per search: from the top bin down, where does the rank fall? Leaves prefix, above, and the rank within the bin.
-__global__ void find_bin_kernel(Search* searches, const U64* bins, int bin_count, bool low, const int64_t* row) {
+__global__ void find_bin_kernel(Search* searches, const U64* bins, int bin_count, bool low) {
   __shared__ U64 part[kThreads];
   Search& s = searches[blockIdx.x];
-  const U64* mine = bins + (row != nullptr ? row[blockIdx.x] : s.pair) * bin_count;
+  const U64* mine = bins + (low ? static_cast<int64_t>(blockIdx.x) : s.pair) * bin_count;  // low bins: a row per search
   const int share = bin_count / kThreads;  // thread 0 owns the top bins
   const int top = bin_count - 1 - static_cast<int>(threadIdx.x) * share;
   U64 total = 0;
@@ -603,6 +607,7 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(View in, RuleView r, i
       const int n = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), chunk.end - i)));
       uint32_t key[kVector];
       keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
+#pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const bool mine = j < n && (kTies ? key[j] == s.prefix : key[j] >> 16 == s.prefix);
         if (kTies) {
@@ -657,7 +662,8 @@ __global__ void cut_kernel(View in, RuleView r, int filter, const Chunk* chunks,
     uint32_t key[kVector];
     keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
     int64_t mine = 0;
-    for (int j = 0; j < n; ++j) mine += key[j] == s.prefix;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) mine += j < n && key[j] == s.prefix;
     int64_t upto = mine;
     for (int offset = 1; offset < 32; offset *= 2) {
       const int64_t other = __shfl_up_sync(0xffffffffu, upto, offset);
@@ -666,8 +672,9 @@ __global__ void cut_kernel(View in, RuleView r, int filter, const Chunk* chunks,
     const int64_t before = upto - mine;
     if (before < quota && upto >= quota) {
       int64_t left = quota - before;
-      for (int j = 0; j < n; ++j)
-        if (key[j] == s.prefix && --left == 0) s.cut = chunk_base[c] + i + j - chunk.begin;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j)
+        if (j < n && key[j] == s.prefix && --left == 0) s.cut = chunk_base[c] + i + j - chunk.begin;
     }
     const int64_t total = __shfl_sync(0xffffffffu, upto, 31);
     if (total >= quota) return;
@@ -722,7 +729,7 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
   const int64_t c0 = chunk_first[static_cast<size_t>(g0)], c1 = chunk_first[static_cast<size_t>(g1)], chunk_count = c1 - c0;
   if (chunk_count == 0) return 0;
   std::vector<int32_t> group_of, first_search;
-  std::vector<int64_t> chunk_base, row;
+  std::vector<int64_t> chunk_base;
   std::vector<Search> searches;
   for (int64_t g = g0; g < g1; ++g) {
     int64_t base = 0;
@@ -737,7 +744,6 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
       for (int q = 0; q < ranks; ++q) {
         int64_t rank = want.rank[(g * lists + list) * ranks + q];
         if (rank >= base) rank = 0;  // nothing or everything: answered on the host
-        row.push_back(static_cast<int64_t>(searches.size()));
         searches.push_back({(g - g0) * lists + list, std::max<int64_t>(rank, 0), chunk_first[static_cast<size_t>(g)] - c0,
                             chunk_first[static_cast<size_t>(g + 1)] - c0, 0, 0, 0, base - 1});
       }
@@ -747,7 +753,6 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
   const int32_t* groups_d = arena.up(group_of.data(), group_of.size());
   const int32_t* first_d = arena.up(first_search.data(), first_search.size());
   const int64_t* base_d = arena.up(chunk_base.data(), chunk_base.size());
-  const int64_t* row_d = arena.up(row.data(), row.size());
   Search* searches_d = const_cast<Search*>(arena.up(searches.data(), searches.size()));
   U64* high = arena.zeros<U64>(static_cast<size_t>(groups) * static_cast<size_t>(lists) * kHighBins);
   int device = 0, processors = 0;
@@ -760,14 +765,14 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
   kernel<<<runs * static_cast<unsigned>(lists), kThreads, kHighBins * 4, arena.stream()>>>(
       view, rule, filter, chunks, groups_d, chunk_count, lists, high, report);
   const unsigned count = static_cast<unsigned>(searches.size());
-  find_bin_kernel<<<count, kThreads, 0, arena.stream()>>>(searches_d, high, kHighBins, false, nullptr);
+  find_bin_kernel<<<count, kThreads, 0, arena.stream()>>>(searches_d, high, kHighBins, false);
   U64* low = arena.zeros<U64>(static_cast<size_t>(count) * kLowBins);
   int32_t* ties = arena.zeros<int32_t>(static_cast<size_t>(chunk_count) * static_cast<size_t>(lists * ranks));
   if (arena.status() != 0) return arena.status();
   const unsigned grid = static_cast<unsigned>(chunk_count * lists);
   refine_kernel<kVariance, false><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, searches_d, first_d, groups_d, lists, ranks,
                                                                 low, nullptr);
-  find_bin_kernel<<<count, kThreads, 0, arena.stream()>>>(searches_d, low, kLowBins, true, row_d);
+  find_bin_kernel<<<count, kThreads, 0, arena.stream()>>>(searches_d, low, kLowBins, true);
   refine_kernel<kVariance, true><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, searches_d, first_d, groups_d, lists, ranks,
                                                                nullptr, ties);
   cut_kernel<kVariance><<<count, 32, 0, arena.stream()>>>(view, rule, filter, chunks, base_d, searches_d, lists, ranks, ties);

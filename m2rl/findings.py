@@ -460,17 +460,19 @@ def _cosines(c: Comparison) -> Finding:
     test = "mean cosine of all pairs of experts after random projection > 0; interval from the projection's variance"
     if any("weights" not in s.analyses for s in c.seeds):
         return Finding(name, claim, test, UNTESTED, note="the weights analysis is missing")
+    if any(p["cosine"] is None for s in c.seeds for p in _pairs_of(c, s, "model")):
+        return Finding(name, claim, test, UNTESTED, note="the weights of an expert did not move")
 
     def one(s: Seed) -> tuple[float, float, float, int, str]:
         r, names = s.analyses["weights"]["results"], s.analyses["weights"]["inputs"]["models"]
-        at = [(names.index(p["a"]), names.index(p["b"])) for p in _pairs_of(c, s, "model") if p["cosine"] is not None]
+        at = [(names.index(p["a"]), names.index(p["b"])) for p in _pairs_of(c, s, "model")]
         mean = float(np.mean([r["projected_cosine"][i][j] for i, j in at]))
         # the errors of pairs that share a model may add up: the widest case
         half = 1.96 * float(np.mean([r["projected_std_at_most"][i][j] for i, j in at]))
         return mean, mean - half, mean + half, len(at), "pairs"
 
     e = c.per_seed(one)
-    exact = [p["cosine"] for s in c.seeds for p in _pairs_of(c, s, "model") if p["cosine"] is not None] or [math.nan]
+    exact = [p["cosine"] for s in c.seeds for p in _pairs_of(c, s, "model")]
     note = f"exact cosines {np.min(exact):.3f} to {np.max(exact):.3f}, mean {np.mean(exact):.3f}"
     return Finding(name, claim, test, above(e), e, "ratio", note=note)
 

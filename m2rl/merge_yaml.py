@@ -202,14 +202,14 @@ def _check_forms(path: Path, values: list[Any]) -> None:
 
 
 def resolver(path: Path, weights: list[Any], densities: list[Any], lam: Any) -> Callable[[str], Mapping[str, Any]]:
-    """tensor name -> {weights, density, lam}. Depth t runs from 0 (embedding, first layer) to 1 (last layer, norm,
-    head)."""
+    """tensor name -> {weights, density, lam}. Depth t runs from 0 (first layer) to 1 (last); what is in no layer
+    (embedding, final norm, head) has 0, as in mergekit 0.1.5."""
     layers: dict[str, int] = {}
 
     def at(name: str) -> dict[str, Any]:
         found = re.search(r"layers\.(\d+)\.", name)
         last = layers.get("last", 0)
-        t = int(found.group(1)) / last if found and last else 0.0 if found or "embed" in name else 1.0
+        t = 0.0 if not found else int(found.group(1)) / last if last else 1.0
         values = [[_value(path, v, name, t) for v in row] for row in (weights, densities, [lam])]
         return {"weights": values[0], "density": values[1], "lam": values[2][0]}
 

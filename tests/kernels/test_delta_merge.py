@@ -406,7 +406,7 @@ def test_errors_name_the_argument_the_rule_and_the_value():
         merge_tensors(base, experts, "ties", densty=0.2)
     with pytest.raises(ValueError, match="density must be given for ties: the fraction"):
         merge_tensors(base, experts, "ties")
-    with pytest.raises(ValueError, match=r"overflow torch.float16; choose a wider dtype"):
+    with pytest.raises(ValueError, match=r"overflow torch\.float16; choose a wider dtype"):
         merge_tensors([torch.full((3,), 4e4)], [[torch.full((3,), 7e4)]], "average", dtype=torch.float16)
     with pytest.raises(ValueError, match="base must be given for sce"):
         merge_tensors(None, experts, "sce")

@@ -15,6 +15,9 @@ methods = pytest.importorskip("mergekit.merge_methods", reason="this mergekit ha
 
 from m2rl_kernels.delta_merge import merge_tensors, random_mask_ref  # noqa: E402
 from mergekit import sparsify  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from m2rl.merge import main  # noqa: E402
 
 K = 4
 
@@ -146,3 +149,74 @@ def test_model_stock_and_karcher():
     want = methods.merge_tensors(experts, "karcher", parameters={})
     got = merge_tensors(None, [[x] for x in experts], "karcher", preset="mergekit", compute_dtype="float32")[0]
     assert float((got - want).abs().max()) < 1e-6
+
+
+RECIPES = {  # the shapes of recipe that mergekit's documentation shows
+    "linear": "models: [{model: A, parameters: {weight: 1.0}}, {model: B, parameters: {weight: 0.3}}]\n",
+    "task_arithmetic": "base_model: BASE\nparameters: {lambda: 0.7}\n"
+    "models: [{model: A, parameters: {weight: 0.5}}, {model: B, parameters: {weight: 1}}]\n",
+    "ties": """
+models:
+  - model: BASE
+  - model: A
+    parameters:
+      density: [1, 0.7, 0.1]  # a gradient over the layers
+      weight: 1.0
+  - model: B
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - filter: self_attn
+          value: [0.2, 0.9]
+        - value: 0.1
+base_model: BASE
+parameters:
+  normalize: true
+  int8_mask: true
+tokenizer_source: base
+""",
+    "breadcrumbs_ties": """
+base_model: BASE
+models:
+  - model: A
+    parameters: {density: 0.6, weight: 1, gamma: 0.01}
+  - model: B
+    parameters: {density: 0.6, weight: 1, gamma: 0.01}
+""",
+}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_one_recipe_file_gives_both_tools_the_same_weights(method, tmp_path):
+    """`mergekit-yaml recipe out` and `python -m m2rl.merge --config recipe --out out` on a small Qwen3, float32."""
+    transformers = pytest.importorskip("transformers")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = transformers.Qwen3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "BASE")
+    for name in ("A", "B"):
+        for p in model.parameters():
+            p.data += 1e-2 * torch.randn_like(p)
+        model.save_pretrained(tmp_path / name)
+    text = f"merge_method: {method}\ndtype: float32\n" + RECIPES[method].replace("tokenizer_source: base\n", "")
+    for name in ("BASE", "A", "B"):
+        text = text.replace(f"model: {name}", f"model: {tmp_path / name}")
+    (tmp_path / "recipe.yml").write_text(text)
+    import yaml
+
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(tmp_path / "theirs"), MergeOptions())
+    assert main(["--config", str(tmp_path / "recipe.yml"), "--out", str(tmp_path / "ours")]) == 0
+    want, got = load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
+    assert set(want) == set(got)
+    for name, x in want.items():
+        # linear: its addcmul may round once where ours rounds twice: a step of the largest weights, ~1
+        assert torch.equal(got[name], x) or (method == "linear" and float((got[name] - x).abs().max()) <= 2**-23), name
