@@ -1005,7 +1005,7 @@ def run(args: argparse.Namespace) -> None:
             args.experts,
             Path(args.out),
             methods=args.method,
-            densities=args.density or [1.0],
+            densities=args.density or [None],
             lambdas=args.lam or [1.0],
             options=options,
             evaluate=args.evaluate,

@@ -46,18 +46,19 @@ class Row:
 
 def grid(
     methods: Sequence[str],
-    densities: Sequence[float],
+    densities: Sequence[float | None],
     lambdas: Sequence[float],
     experts: int,
     options: Mapping[str, Any],
 ) -> dict[str, Recipe]:
-    """label -> recipe, without the combinations that a method does not distinguish."""
+    """label -> recipe, without the combinations that a method does not distinguish. A density of None is for methods
+    that need none."""
     found: dict[str, Recipe] = {}
     for method, density, lam in itertools.product(methods, densities, lambdas):
         chosen = recipe(method, experts, density=density, lam=lam, **options)
         rule = METHODS[chosen.method]
         label = chosen.method
-        label += f"-density{density:g}" if "density" in rule.uses else ""
+        label += f"-density{density:g}" if density is not None and "density" in rule.uses else ""
         label += f"-lambda{lam:g}" if chosen.needs_base else ""
         found.setdefault(label, chosen)
     return found
@@ -69,7 +70,7 @@ def sweep(
     out: Path,
     *,
     methods: Sequence[str],
-    densities: Sequence[float],
+    densities: Sequence[float | None],
     lambdas: Sequence[float],
     options: Mapping[str, Any],
     score: Score | None = None,

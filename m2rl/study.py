@@ -244,7 +244,7 @@ def candidates(study: Study, name: str) -> dict[str, Any]:
     from m2rl.merge_sweep import grid
 
     options = dict(study.merge[name])
-    method, density, lam = options.pop("method"), options.pop("density", 1.0), options.pop("lam", 1.0)
+    method, density, lam = options.pop("method"), options.pop("density", None), options.pop("lam", 1.0)
     listed = [v if isinstance(v, list) else [v] for v in (density, lam)]
     return grid([method], listed[0], listed[1], len(study.domains), options)
 
