@@ -149,22 +149,28 @@ def paired_bootstrap(a_P: np.ndarray, b_P: np.ndarray, *, seed: int = 0, resampl
     """Resample problems, keep their pairs. p = 2 min(P(mean* <= 0), P(mean* >= 0)), each with 1 added above and below,
     so that no finite bootstrap claims p = 0; 1 where the two agree on every problem."""
     difference_P = np.asarray(a_P, dtype=np.float64) - np.asarray(b_P, dtype=np.float64)
-    P = len(difference_P)
+    return paired_bootstraps(difference_P[None], seed=seed, resamples=resamples)[0]
+
+
+def paired_bootstraps(difference_DP: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Difference]:
+    """D comparisons on the same P problems, all on the same resamples of them: drawing these is most of the work."""
+    P = difference_DP.shape[1]
     if P == 0:
         raise InputError("a paired bootstrap needs at least one problem, got none")
-    mean = float(difference_P.mean())
-    if not difference_P.any():
-        return Difference(0.0, 0.0, 0.0, 1.0)
     rng = np.random.default_rng(seed)
-    drawn = np.concatenate(
+    drawn_RD = np.concatenate(
         [
-            rng.multinomial(P, np.full(P, 1 / P), size=min(1000, resamples - at)) @ difference_P / P
+            rng.multinomial(P, np.full(P, 1 / P), size=min(1000, resamples - at)) @ difference_DP.T / P
             for at in range(0, resamples, 1000)
         ]
     )
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    return Difference(mean, float(low), float(high), min(1.0, 2 * tail / (resamples + 1)))
+    low_D, high_D = np.quantile(drawn_RD, [0.025, 0.975], axis=0)
+    tail_D = 1 + np.minimum((drawn_RD <= 0).sum(0), (drawn_RD >= 0).sum(0))
+    p_D = np.minimum(1.0, 2 * tail_D / (resamples + 1))
+    return [
+        Difference(float(d.mean()), float(low), float(high), float(p)) if d.any() else Difference(0.0, 0.0, 0.0, 1.0)
+        for d, low, high, p in zip(difference_DP, low_D, high_D, p_D)
+    ]
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -219,11 +225,14 @@ def analyze(
     ]
     means = {m: np.array([rewards[m][p].mean() for p in problems]) for m in rewards}
     pairs: list[dict[str, Any]] = []
-    for a, b in combinations(rewards, 2):
-        for group, mine in groups.items():
-            index = np.array([problems.index(p) for p in mine]) if group != "all" else slice(None)
-            d = paired_bootstrap(means[a][index], means[b][index], seed=seed, resamples=resamples)
-            inside = frozenset(mine)
+    everyone = list(combinations(rewards, 2))
+    difference_DP = np.array([means[a] - means[b] for a, b in everyone])
+    place = {p: i for i, p in enumerate(problems)}
+    for group, mine in groups.items():
+        columns = [place[p] for p in mine]
+        inside = frozenset(mine)
+        tested = paired_bootstraps(difference_DP[:, columns], seed=seed, resamples=resamples)
+        for (a, b), d in zip(everyone, tested):
             only_a, only_b = len((sets[a] - sets[b]) & inside), len((sets[b] - sets[a]) & inside)
             pairs.append(
                 {
