@@ -30,6 +30,7 @@ from m2rl.analyze.samples import read_folder
 from m2rl.analyze.skills import check_rewards, passes, rewards_of
 from m2rl.analyze.skills import domain_of as benchmark_of
 from m2rl.published import NINE, PUBLISHED
+from m2rl.scores import bootstrap_ci
 from m2rl.types import InputError, Sample
 
 RESAMPLES = 4000
@@ -441,17 +442,11 @@ def _footprints(c: Comparison) -> Finding:
         for r in _pairs_of(c, s, "tensor"):
             if r["overlap_large"] is not None and r["expected_overlap_large"] is not None:
                 by.setdefault(r["group"], []).append(r["overlap_large"] - r["expected_overlap_large"])
-        return _bootstrap([float(np.mean(v)) for v in by.values()], "tensors")
+        means = np.array([np.mean(v) for v in by.values()])
+        return float(means.mean()), *bootstrap_ci(means, resamples=RESAMPLES), len(means), "tensors"
 
     e = c.per_seed(one)
     return Finding(name, claim, test, above(e), e, "ratio")
-
-
-def _bootstrap(values: Sequence[float], over: str) -> tuple[float, float, float, int, str]:
-    v = np.asarray(values, dtype=np.float64)
-    index = np.random.default_rng(0).integers(0, len(v), (RESAMPLES, len(v)))
-    low, high = np.quantile(v[index].mean(1), [0.025, 0.975])
-    return float(v.mean()), float(low), float(high), len(v), over
 
 
 def _cosines(c: Comparison) -> Finding:
