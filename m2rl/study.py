@@ -441,8 +441,8 @@ def seed_folder(study: Study, out: Path, seed: int) -> Path:
 
 def checkpoint_identity(source: str) -> str:
     """Changes when a checkpoint's weights are written again."""
-    from m2rl.evaluate import weights_identity
     from m2rl.safetensors_io import resolve_folder
+    from m2rl.sample_log import weights_identity
 
     try:
         return weights_identity(str(resolve_folder(source)))
