@@ -12,9 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
-import sys
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -338,11 +336,6 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, list):
             raise InputError(f"{where}: {key} must be a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
-    if origin in (
-        typing.Union,
-        types.UnionType,
-    ):  # pragma: no branch - none in the schema today but `X | None` reads naturally
-        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
@@ -528,7 +521,3 @@ def differing_keys(saved: Config, now: Config) -> list[str]:
 
     a, b = flat(saved), flat(now)
     return [k for k in a if a[k] != b[k] and k not in RESUME_MAY_CHANGE and k.split(".")[0] not in RESUME_MAY_CHANGE]
-
-
-if __name__ == "__main__":
-    print(to_toml(load(sys.argv[1:])[0]))
