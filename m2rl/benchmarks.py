@@ -25,7 +25,6 @@ import json
 import pickle
 import random
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
+from m2rl.command import exit_with
 from m2rl.config import Config, Data, Domain
 from m2rl.data import Encoder, Row, eval_prompts, files, hub, read_records
 from m2rl.domains import THINK_END, check_spec, procedural
@@ -443,8 +443,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"m2rl: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

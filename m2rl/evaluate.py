@@ -28,13 +28,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from m2rl import benchmarks, published
 from m2rl.benchmarks import Benchmark
+from m2rl.command import exit_with, named
 from m2rl.config import Config, Model, Rollout, build, read_toml
 from m2rl.data import files
 from m2rl.data.inspect import prompt_texts
 from m2rl.data.overlap import Index
 from m2rl.domains import procedural
 from m2rl.domains.pool import VerifierPool
-from m2rl.launch import exit_with, process_group
+from m2rl.launch import process_group
 from m2rl.metrics import Display
 from m2rl.policy import Policy, load_model
 from m2rl.rollout.collect import Progress, collect
@@ -321,12 +322,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluation_config(
-    wanted: Sequence[str], named: str = "", engine: str = "", temperature: float | None = None, max_new_tokens: int = 0
+    wanted: Sequence[str], given: str = "", engine: str = "", temperature: float | None = None, max_new_tokens: int = 0
 ) -> Config:
-    """The config that was named; the built-in model's if only embedded domains are asked; else the paper's budget."""
+    """The config that was given; the built-in model's if only embedded domains are asked; else the paper's budget."""
     embedded = all(name in procedural.DOMAINS for name in wanted)
-    if named or embedded:
-        table, where = read_toml(named or "embedded")
+    if given or embedded:
+        table, where = read_toml(given or "embedded")
         config = build(Config, table, where)
     else:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -363,12 +364,10 @@ def check_options(o: argparse.Namespace, wanted: Sequence[str]) -> None:
         raise InputError("--k, --limit and --max-new-tokens must not be negative")
     if o.temperature is not None and not 0 <= o.temperature < math.inf:
         raise InputError(f"--temperature must be at least 0, got {o.temperature}")
-    o.files = {}
-    for item in o.data_file:
-        name, equals, path = item.partition("=")
-        if not equals or name not in benchmarks.PRESETS:
-            raise InputError(f"--data-file {item}: must be NAME=FILE, NAME one of {', '.join(benchmarks.PRESETS)}")
-        o.files[name] = path
+    o.files = named(o.data_file, "--data-file")
+    for name, path in o.files.items():
+        if name not in benchmarks.PRESETS:
+            raise InputError(f"--data-file {name}={path}: NAME must be one of {', '.join(benchmarks.PRESETS)}")
         files([path])
     o.window = None
     if o.lcb_window:

@@ -32,8 +32,8 @@ import numpy as np
 from m2rl import findings
 from m2rl.analyze.figures import CSS, NARROW, THEME, Figure, Series, chart, heat_map, label, paint
 from m2rl.analyze.output import PAPER
+from m2rl.command import exit_with
 from m2rl.findings import Comparison, Estimate, Finding
-from m2rl.launch import exit_with
 from m2rl.published import NINE, PUBLISHED
 from m2rl.published import title as benchmark_title
 from m2rl.types import InputError, Sample

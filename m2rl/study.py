@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from m2rl.command import exit_with, named
 from m2rl.config import Config, Data, Domain, build, check, read_toml, to_toml
-from m2rl.launch import exit_with
 from m2rl.metrics import Display
 from m2rl.types import InputError
 
@@ -348,7 +348,7 @@ def load_benchmarks(study: Study, tokenizer: Any) -> list[Any]:
     """The benchmarks, their prompts encoded. InputError for an unknown or an empty one."""
     from m2rl import benchmarks
 
-    sources = dict(item.split("=", 1) for item in study.sampling.data_files)
+    sources = named(study.sampling.data_files, "sampling.data_files")
     config, found = sampling_config(study), []
     for name in study.sampling.benchmarks:
         with _as_input_error(f"sampling.benchmarks {name}"):
@@ -740,14 +740,10 @@ def parser() -> argparse.ArgumentParser:
 def resolve(o: argparse.Namespace) -> tuple[Study, str]:
     """The study's file with the command line's changes, not yet verified."""
     study, where = read(o.config)
-    given = {}
-    for item in o.checkpoint:
-        name, equals, folder = item.partition("=")
-        if not equals or name not in {r.name for r in study.run}:
-            raise InputError(
-                f"--checkpoint {item}: must be RUN=FOLDER, RUN one of {', '.join(r.name for r in study.run)}"
-            )
-        given[name] = folder
+    given = named(o.checkpoint, "--checkpoint")
+    for name, folder in given.items():
+        if name not in {r.name for r in study.run}:
+            raise InputError(f"--checkpoint {name}={folder}: RUN must be one of {', '.join(r.name for r in study.run)}")
     runs = tuple(dataclasses.replace(r, checkpoint=given.get(r.name, r.checkpoint)) for r in study.run)
     sampling = dataclasses.replace(
         study.sampling, problems=o.problems or study.sampling.problems, k=o.k or study.sampling.k

@@ -22,8 +22,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from m2rl import study as planning
+from m2rl.command import exit_with
 from m2rl.config import Config, build, read_toml
-from m2rl.launch import exit_with
 from m2rl.study import Seed, Stage, Study, candidates, load_benchmarks, marker, sampling_config, seed_folder
 from m2rl.types import Prompt
 

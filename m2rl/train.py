@@ -31,11 +31,12 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m2rl import checkpoint, embedded, metrics
+from m2rl.command import exit_with, leader_speaks
 from m2rl.config import Config, build, check, differing_keys, load, read_toml, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
 from m2rl.evaluate import EVAL_STEP, end_tokens
-from m2rl.launch import Stopping, exit_with, leader_speaks, on_rank_0, process_group
+from m2rl.launch import Stopping, on_rank_0, process_group
 from m2rl.learner import Learner, added
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
 from m2rl.policy import Policy, load_model, shard

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from m2rl.launch import exit_with
+from m2rl.command import exit_with
 
 ANALYSES = {
     "weights": "what training changed: footprints, overlap, cosines, signs, ranks of weight deltas",

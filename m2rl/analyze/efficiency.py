@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from m2rl.analyze import figures
-from m2rl.analyze.output import PAPER, Analysis, named
+from m2rl.analyze.output import PAPER, Analysis
+from m2rl.command import named
 from m2rl.types import InputError
 
 PAPER_GPU_HOURS = {"math": 2172.8, "code": 3187.2, "science": 787.2, "if": 377.6, "mixed": 2166.4, "distill": 816.0}

@@ -36,9 +36,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from m2rl.analyze import figures
-from m2rl.analyze.output import PAPER, Analysis, named
+from m2rl.analyze.output import PAPER, Analysis
 from m2rl.analyze.samples import read_folder, sample_models
 from m2rl.analyze.skills import rewards_of
+from m2rl.command import named
 from m2rl.config import Config
 from m2rl.evaluate import Evaluator
 from m2rl.objectives import trained_mask

@@ -185,7 +185,7 @@ def test_other_settings_do_not_mix_with_the_samples_of_a_folder(done, models, tm
     [
         (["--benchmarks", "aime23"], "unknown benchmark aime23, did you mean aime2[45]"),
         (["--benchmarks", "aime25", "--data-file", "aime25=/nowhere.jsonl"], "no file /nowhere.jsonl"),
-        (["--data-file", "mth=x"], "--data-file mth=x: must be NAME=FILE"),
+        (["--data-file", "mth=x"], "--data-file mth=x: NAME must be one of aime24"),
         (["--lcb-window", "2025"], "--lcb-window 2025: must be YYYY-MM-DD:YYYY-MM-DD"),
         (["--model", "/nowhere"], "model /nowhere: not a Hugging Face model folder or id"),
         (["--model", "a/b", "a/b"], "--model a/b is given twice"),
