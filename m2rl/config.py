@@ -276,30 +276,41 @@ RESUME_MAY_CHANGE = {
 }
 
 
-def named_configs() -> list[str]:
-    """Configs of runs that ship with m2rl; study_*.toml are studies (m2rl/study.py)."""
+def named_configs(studies: bool = False) -> list[str]:
+    """Configs of runs that ship with m2rl, or of studies (study_*.toml, m2rl/study.py)."""
     shipped = [p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml")]
-    return sorted(name for name in shipped if not name.startswith("study_"))
+    return sorted(name for name in shipped if name.startswith("study_") == studies)
 
 
-def read_toml(name: str) -> tuple[dict[str, Any], str]:
-    """The table of a config file, by path or by the name of one that ships with m2rl, and where it was found."""
-    path = Path(name)
+def read_toml(name: str, studies: bool = False) -> tuple[dict[str, Any], str]:
+    """The table of a run's (or a study's) file, by path or by the name of one that ships with m2rl, and where it was
+    found."""
+    path, shipped = Path(name), named_configs(studies)
     if path.is_file():
         text, where = path.read_text(encoding="utf-8"), str(path)
     else:
-        packaged = resources.files("m2rl.configs") / f"{name.removesuffix('.toml')}.toml"
-        if "/" in name or not packaged.is_file():
-            near = difflib.get_close_matches(name, named_configs(), 1)
+        stem = name.removesuffix(".toml")
+        if stem in named_configs(not studies):
+            command = "torchrun -m m2rl.train" if studies else "python -m m2rl.study"
+            raise InputError(f"--config {name} is for {command}")
+        if stem not in shipped:
+            near = difflib.get_close_matches(stem, shipped, 1)
             raise InputError(
                 f"--config {name}: no such file, and no shipped config of that name"
-                f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(named_configs())})"
+                f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(shipped)})"
             )
+        packaged = resources.files("m2rl.configs") / f"{stem}.toml"
         text, where = packaged.read_text(encoding="utf-8"), f"m2rl/configs/{packaged.name}"
     try:
         return tomllib.loads(text), where
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where}: not valid TOML: {error}") from None
+
+
+def read_config(name: str) -> tuple[Config, str]:
+    """A run's config, not checked yet, and where it was found."""
+    table, where = read_toml(name)
+    return build(Config, table, where), where
 
 
 def build(cls: type, table: Any, where: str, key: str = "") -> Any:
@@ -462,8 +473,7 @@ def load(argv: list[str]) -> tuple[Config, Launch]:
     first.add_argument("--config", default="embedded")
     first.add_argument("--dry-run", action="store_true")
     known, rest = first.parse_known_args(argv)
-    table, where = read_toml(known.config)
-    config = build(Config, table, where)
+    config, where = read_config(known.config)
     if rest:
         import tyro  # here: its import costs 0.3 s that the run without overrides need not pay
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from m2rl import benchmarks, published
 from m2rl.benchmarks import Benchmark
 from m2rl.command import exit_with, named
-from m2rl.config import Config, Model, Rollout, build, read_toml
+from m2rl.config import Config, Model, Rollout, read_config
 from m2rl.data import files
 from m2rl.data.inspect import prompt_texts
 from m2rl.data.overlap import Index
@@ -334,8 +334,7 @@ def evaluation_config(
     """The config that was given; the built-in model's if only embedded domains are asked; else the paper's budget."""
     embedded = all(name in procedural.DOMAINS for name in wanted)
     if given or embedded:
-        table, where = read_toml(given or "embedded")
-        config = build(Config, table, where)
+        config, _ = read_config(given or "embedded")
     else:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         config = Config(

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from m2rl.command import exit_with, named
-from m2rl.config import Config, Data, Domain, build, check, read_toml, to_toml
+from m2rl.config import Config, Data, Domain, build, check, read_config, read_toml, to_toml
 from m2rl.metrics import Display
 from m2rl.types import InputError
 
@@ -175,7 +175,7 @@ class Stage:
 
 def read(name: str) -> tuple[Study, str]:
     """A study's file, by path or by the name of one that ships with m2rl, and where it was found."""
-    table, where = read_toml(name)
+    table, where = read_toml(name, studies=True)
     return build(Study, table, where), where
 
 
@@ -256,8 +256,7 @@ def training_configs(s: Seed) -> dict[str, Config]:
     for r in study.run:
         if r.checkpoint:
             continue
-        table, where = read_toml(r.config)
-        c: Config = build(Config, table, where)
+        c, where = read_config(r.config)
         wanted = "sft" if r.name == "sft" else "distill" if r.name == "distill" else "grpo"
         if c.algorithm != wanted:
             raise InputError(f"run {r.name}: {where} has algorithm {c.algorithm!r}, must be {wanted!r}")
@@ -292,8 +291,7 @@ def training_configs(s: Seed) -> dict[str, Config]:
 
 
 def sampling_config(study: Study) -> Config:
-    table, where = read_toml(study.sampling.config)
-    c: Config = build(Config, table, where)
+    c, _ = read_config(study.sampling.config)
     problems = study.sampling.problems or c.evaluation.problems
     return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, problems=problems))
 

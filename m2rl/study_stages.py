@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from m2rl import study as planning
 from m2rl.command import exit_with
-from m2rl.config import Config, build, read_toml
+from m2rl.config import Config, read_config
 from m2rl.study import Seed, Stage, Study, candidates, load_benchmarks, marker, sampling_config, seed_folder
 from m2rl.types import Prompt
 
@@ -114,8 +114,7 @@ def validation_prompts(s: Seed, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 def validation_config(study: Study) -> Config:
     """Whose training data the validation problems are from: the mixed run's, also where that is not trained here."""
     r = study.training("mixed")
-    table, where = read_toml(r.config)
-    c: Config = build(Config, table, where)
+    c, _ = read_config(r.config)
     return dataclasses.replace(c, train=dataclasses.replace(c.train, steps=r.steps or c.train.steps))
 
 

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m2rl import checkpoint, embedded, metrics
 from m2rl.command import exit_with, leader_speaks
-from m2rl.config import Config, build, check, differing_keys, load, read_toml, to_toml
+from m2rl.config import Config, build, check, differing_keys, load, read_config, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
 from m2rl.evaluate import EVAL_STEP, end_tokens
@@ -80,8 +80,7 @@ def train(config: Config, device: torch.device, stopping: Stopping) -> int:
     wall: dict[str, float] = {}
     if config.warm_start:
         folder = config.folder / "warm_start"
-        table, where = read_toml(config.warm_start)
-        sft = build(Config, table, where)
+        sft, where = read_config(config.warm_start)
         steps = config.warm_start_steps or sft.train.steps
         sft = dataclasses.replace(
             sft,

@@ -3,7 +3,7 @@ import tomllib
 
 import pytest
 
-from m2rl.config import Config, build, check, differing_keys, load, named_configs, to_toml
+from m2rl.config import Config, build, check, differing_keys, load, named_configs, read_toml, to_toml
 from m2rl.types import InputError
 
 
@@ -78,6 +78,15 @@ def test_bad_config_names_file_key_and_rule(tmp_path, text, message):
 def test_a_missing_config_suggests_a_shipped_one():
     with pytest.raises(InputError, match=r"did you mean qwen3_4b_math\?"):
         load(["--config", "qwen3_4b_maths"])
+
+
+def test_a_study_is_told_from_a_run():
+    with pytest.raises(InputError, match=r"study_embedded is for python -m m2rl\.study"):
+        load(["--config", "study_embedded"])
+    with pytest.raises(InputError, match=r"embedded is for torchrun -m m2rl\.train"):
+        read_toml("embedded", studies=True)
+    with pytest.raises(InputError, match=r"did you mean study_embedded\?"):
+        read_toml("study_embeded", studies=True)
 
 
 def test_an_unknown_override_ends_with_status_2(capsys):
