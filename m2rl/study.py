@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from m2rl.command import exit_with, named
-from m2rl.config import Config, Data, Domain, build, check, read_config, read_toml, to_toml
+from m2rl.config import Config, Domain, build, check, read_config, read_toml, to_toml
 from m2rl.metrics import Display
 from m2rl.types import InputError
 
@@ -656,6 +656,8 @@ def clock(seconds: float) -> str:
 
 def print_plan(study: Study, out: Path) -> None:
     """Stages, devices, estimated hours and what they are assumed from; nothing is loaded or written."""
+    from m2rl.data import whereabouts
+
     stages = plan(study, out)
     digests = digests_of(stages)
     unit = "GPU" if study.ranks > 1 else "core"
@@ -686,21 +688,13 @@ def print_plan(study: Study, out: Path) -> None:
     if tried:
         chosen = ", ".join(f"{n} of {k}" for n, k in tried.items())
         print(f"Coefficients chosen on {study.validation.problems} training problems per domain: {chosen}")
-    missing = [p for c in training_configs(Seed(study, study.seeds[0], out)).values() for p in absent(c.data)]
-    for p in dict.fromkeys(missing):
+    wanted = [p for c in training_configs(Seed(study, study.seeds[0], out)).values() for p in c.data.train]
+    for p in dict.fromkeys(p for p in wanted if not whereabouts(p)):
         print(f"Data {p}: NOT FOUND here; the study needs it")
     for r in study.run:
         if r.checkpoint and not checkpoint_is_here(r.checkpoint):
             print(f"Checkpoint of {r.name}, {r.checkpoint}: NOT FOUND here; the study needs it")
     print("Dry run: nothing was loaded, trained or written.")
-
-
-def absent(data: Data) -> list[str]:
-    import glob
-
-    from m2rl.data.mixture import GENERATED
-
-    return [p for p in data.train if p not in GENERATED and not glob.glob(p)]
 
 
 def checkpoint_is_here(source: str) -> bool:
