@@ -1,6 +1,6 @@
 """One TOML file configures one run; dotted command-line options override it.
 
-    load(["--config", "qwen3_4b_math", "--rollout.group-size", "8"]) -> (Config, Launch)
+    load(["--config", "qwen3_4b_math", "--rollout.group-size", "8"]) -> (Config, False: not a dry run)
 
 The dataclasses below are the whole vocabulary: an unknown key is an error with a suggestion, a wrong type names the
 key. Names follow TRL and verl where those agree; README has the table.
@@ -247,14 +247,6 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Command-line options that are not part of a run's recipe."""
-
-    config: str
-    dry_run: bool
-
-
 # What a resumed run may change without becoming another run.
 RESUME_MAY_CHANGE = {
     "name",
@@ -467,8 +459,8 @@ The same command continues a run that was interrupted; --resume never starts it 
 [rollout] in TOML is --rollout.group-size 8 here; --domain.1.quota 8 sets the second [[domain]]. Every key:"""
 
 
-def load(argv: list[str]) -> tuple[Config, Launch]:
-    """Parse a command line: --config, then --dry-run, then dotted overrides of any key."""
+def load(argv: list[str]) -> tuple[Config, bool]:
+    """Parse a command line: --config and dotted overrides of any key make the config; whether it has --dry-run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", default="embedded")
     first.add_argument("--dry-run", action="store_true")
@@ -488,7 +480,7 @@ def load(argv: list[str]) -> tuple[Config, Launch]:
             config=(tyro.conf.FlagConversionOff,),
             description=HELP.format(names=", ".join(named_configs())),
         )
-    return check(config, where), Launch(known.config, known.dry_run)
+    return check(config, where), known.dry_run
 
 
 def to_toml(config: Config) -> str:

@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -329,7 +329,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluation_config(
-    wanted: Sequence[str], given: str = "", engine: str = "", temperature: float | None = None, max_new_tokens: int = 0
+    wanted: Sequence[str],
+    given: str = "",
+    engine: Literal["", "native", "vllm"] = "",
+    temperature: float | None = None,
+    max_new_tokens: int = 0,
 ) -> Config:
     """The config that was given; the built-in model's if only embedded domains are asked; else the paper's budget."""
     embedded = all(name in procedural.DOMAINS for name in wanted)

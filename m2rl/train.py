@@ -58,8 +58,8 @@ PROBE_K3 = 1e-3
 
 def main(argv: Sequence[str] | None = None) -> int:
     with leader_speaks():
-        config, launch = load(list(sys.argv[1:] if argv is None else argv))
-        if launch.dry_run:
+        config, dry_run = load(list(sys.argv[1:] if argv is None else argv))
+        if dry_run:
             from m2rl.plan import print_plan
 
             print_plan(config)

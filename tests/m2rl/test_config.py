@@ -14,13 +14,9 @@ def write(tmp_path, text):
 
 
 def test_the_default_is_the_embedded_run():
-    config, launch = load([])
-    assert (launch.config, config.name, config.warm_start, config.algorithm) == (
-        "embedded",
-        "embedded",
-        "embedded_sft",
-        "grpo",
-    )
+    config, dry_run = load([])
+    assert (config.name, config.warm_start, config.algorithm) == ("embedded", "embedded_sft", "grpo")
+    assert not dry_run
 
 
 @pytest.mark.parametrize("name", named_configs())
@@ -30,7 +26,7 @@ def test_every_shipped_config_resolves_and_round_trips(name):
 
 
 def test_dotted_overrides_reach_nested_keys_and_domains():
-    config, launch = load(
+    config, dry_run = load(
         [
             "--rollout.group-size",
             "4",
@@ -45,7 +41,7 @@ def test_dotted_overrides_reach_nested_keys_and_domains():
     )
     assert config.rollout.group_size == 4
     assert [d.quota for d in config.domain] == [5, 3, 4, 4]
-    assert launch.dry_run
+    assert dry_run
     assert config.model.compile
 
 
