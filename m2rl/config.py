@@ -364,6 +364,12 @@ def check(config: Config, where: str) -> Config:
             f"token_mass must be above 0 in every [[domain]] or in none, got {', '.join(map(str, masses))}",
         )
         need(o.updates_per_rollout == 1, "distillation makes one update per rollout: objective.updates_per_rollout = 1")
+        for key, value in {
+            "rollout.carry_over": r.carry_over,
+            "rollout.dynamic_sampling_rounds": r.dynamic_sampling_rounds,
+            "objective.kl_coef": o.kl_coef,
+        }.items():
+            need(not value, f"distillation does not read {key}, got {value}")
     if config.algorithm != "sft":
         need(
             r.group_size >= 2 or config.algorithm == "distill",
