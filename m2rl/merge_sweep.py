@@ -27,8 +27,8 @@ from m2rl.types import InputError
 if TYPE_CHECKING:
     from m2rl.evaluate import Evaluator
 
-Domain = tuple[float, float]  # Avg@K, half width of its 95% interval
-Score = Callable[[Path], Mapping[str, Domain]]  # folder of a merged model -> domain -> score
+Scored = tuple[float, float]  # Avg@K, half width of its 95% interval
+Judge = Callable[[Path], Mapping[str, Scored]]  # folder of a merged model -> domain -> score
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
 
     label: str
     recipe: Recipe
-    scores: Mapping[str, Domain]
+    scores: Mapping[str, Scored]
 
     @property
     def mean(self) -> float:
@@ -73,7 +73,7 @@ def sweep(
     densities: Sequence[float | None],
     lambdas: Sequence[float],
     options: Mapping[str, Any],
-    score: Score | None = None,
+    score: Judge | None = None,
     evaluator: Evaluator | None = None,
     evaluate: Sequence[str] = (),
     k: int = 8,
@@ -124,7 +124,7 @@ def _by_folder(
     experts: Sequence[str],
     recipes: Mapping[str, Recipe],
     work: Path,
-    score: Score,
+    score: Judge,
     shared: Mapping[str, Any],
 ) -> list[Row]:
     """Every merge on disk, in one reading of the inputs; then each folder is scored."""
