@@ -54,7 +54,7 @@ def merge_all(s: Seed) -> None:
                 chosen[name] = {"label": label, "candidates": 1}
             else:
                 judge = judge or stack.enter_context(validation(s))
-                density, lam = (options.pop(key, 1.0) for key in ("density", "lam"))
+                density, lam = options.pop("density", None), options.pop("lam", 1.0)
                 rows = sweep(
                     models["sft"],
                     experts,
