@@ -430,12 +430,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out, out, written = Counter[str](), Path(o.out), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
-            head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
-            lines.write(json.dumps(head | p.spec) + "\n")
-            written += 1
-    partial.rename(out)
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+            for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
+                head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
+                lines.write(json.dumps(head | p.spec) + "\n")
+                written += 1
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)  # of rows that were refused
     print(f"{out}  {written:,} problems of {o.name}")
     for reason, n in left_out.items():
         print(f"left out  {n:,}  {reason}")
