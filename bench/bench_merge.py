@@ -1,14 +1,11 @@
 """Merging against mergekit, whole process, same checkpoints, in one run; and the kernels alone against torch eager.
 
-    python bench/bench_merge.py --peer-python /path/to/peers/bin/python --out bench/results/merge-cpu.json     (whole
-    process)
-    pytest bench/bench_merge.py --benchmark-enable                                                             (kernels)
+    python bench/bench_merge.py --peer-python PEERS/bin/python --out bench/results/merge-cpu.json     (whole process)
+    pytest bench/bench_merge.py --benchmark-enable                                                    (kernels)
 
 A generator makes a Qwen3-0.6B-shaped base (596,049,920 parameters, bfloat16, tied) and four experts. Every command
-runs alone, with
-OMP_WAIT_POLICY=passive; wall, CPU seconds and peak anonymous memory are those of the process and its children. The IO
-floor is
-(bytes read + written) over bandwidths measured in the same run.
+runs alone, with OMP_WAIT_POLICY=passive; wall, CPU seconds and peak anonymous memory are those of the process and its
+children. The IO floor is (bytes read + written) over bandwidths measured in the same run.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ import json
 import pickle
 import random
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
+from m2rl.command import exit_with
 from m2rl.config import Config, Data, Domain
 from m2rl.data import Encoder, Row, eval_prompts, files, hub, read_records
 from m2rl.domains import THINK_END, check_spec, procedural
@@ -430,12 +430,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_out, out, written = Counter[str](), Path(o.out), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
-            head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
-            lines.write(json.dumps(head | p.spec) + "\n")
-            written += 1
-    partial.rename(out)
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+            for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
+                head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
+                lines.write(json.dumps(head | p.spec) + "\n")
+                written += 1
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)  # of rows that were refused
     print(f"{out}  {written:,} problems of {o.name}")
     for reason, n in left_out.items():
         print(f"left out  {n:,}  {reason}")
@@ -443,8 +446,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"m2rl: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -1,6 +1,6 @@
 """One TOML file configures one run; dotted command-line options override it.
 
-    load(["--config", "qwen3_4b_math", "--rollout.group-size", "8"]) -> (Config, Launch)
+    load(["--config", "qwen3_4b_math", "--rollout.group-size", "8"]) -> (Config, False: not a dry run)
 
 The dataclasses below are the whole vocabulary: an unknown key is an error with a suggestion, a wrong type names the
 key. Names follow TRL and verl where those agree; README has the table.
@@ -12,9 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import math
-import sys
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -249,14 +247,6 @@ class Config:
         return Path(self.run_dir or f"runs/{self.name}")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Command-line options that are not part of a run's recipe."""
-
-    config: str
-    dry_run: bool
-
-
 # What a resumed run may change without becoming another run.
 RESUME_MAY_CHANGE = {
     "name",
@@ -278,30 +268,41 @@ RESUME_MAY_CHANGE = {
 }
 
 
-def named_configs() -> list[str]:
-    """Configs of runs that ship with m2rl; study_*.toml are studies (m2rl/study.py)."""
+def named_configs(studies: bool = False) -> list[str]:
+    """Configs of runs that ship with m2rl, or of studies (study_*.toml, m2rl/study.py)."""
     shipped = [p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml")]
-    return sorted(name for name in shipped if not name.startswith("study_"))
+    return sorted(name for name in shipped if name.startswith("study_") == studies)
 
 
-def read_toml(name: str) -> tuple[dict[str, Any], str]:
-    """The table of a config file, by path or by the name of one that ships with m2rl, and where it was found."""
-    path = Path(name)
+def read_toml(name: str, studies: bool = False) -> tuple[dict[str, Any], str]:
+    """The table of a run's (or a study's) file, by path or by the name of one that ships with m2rl, and where it was
+    found."""
+    path, shipped = Path(name), named_configs(studies)
     if path.is_file():
         text, where = path.read_text(encoding="utf-8"), str(path)
     else:
-        packaged = resources.files("m2rl.configs") / f"{name.removesuffix('.toml')}.toml"
-        if "/" in name or not packaged.is_file():
-            near = difflib.get_close_matches(name, named_configs(), 1)
+        stem = name.removesuffix(".toml")
+        if stem in named_configs(not studies):
+            command = "torchrun -m m2rl.train" if studies else "python -m m2rl.study"
+            raise InputError(f"--config {name} is for {command}")
+        if stem not in shipped:
+            near = difflib.get_close_matches(stem, shipped, 1)
             raise InputError(
                 f"--config {name}: no such file, and no shipped config of that name"
-                f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(named_configs())})"
+                f"{f'; did you mean {near[0]}?' if near else ''} (shipped: {', '.join(shipped)})"
             )
+        packaged = resources.files("m2rl.configs") / f"{stem}.toml"
         text, where = packaged.read_text(encoding="utf-8"), f"m2rl/configs/{packaged.name}"
     try:
         return tomllib.loads(text), where
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where}: not valid TOML: {error}") from None
+
+
+def read_config(name: str) -> tuple[Config, str]:
+    """A run's config, not checked yet, and where it was found."""
+    table, where = read_toml(name)
+    return build(Config, table, where), where
 
 
 def build(cls: type, table: Any, where: str, key: str = "") -> Any:
@@ -338,11 +339,6 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, list):
             raise InputError(f"{where}: {key} must be a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
-    if origin in (
-        typing.Union,
-        types.UnionType,
-    ):  # pragma: no branch - none in the schema today but `X | None` reads naturally
-        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
@@ -368,6 +364,12 @@ def check(config: Config, where: str) -> Config:
             f"token_mass must be above 0 in every [[domain]] or in none, got {', '.join(map(str, masses))}",
         )
         need(o.updates_per_rollout == 1, "distillation makes one update per rollout: objective.updates_per_rollout = 1")
+        for key, value in {
+            "rollout.carry_over": r.carry_over,
+            "rollout.dynamic_sampling_rounds": r.dynamic_sampling_rounds,
+            "objective.kl_coef": o.kl_coef,
+        }.items():
+            need(not value, f"distillation does not read {key}, got {value}")
     if config.algorithm != "sft":
         need(
             r.group_size >= 2 or config.algorithm == "distill",
@@ -463,14 +465,13 @@ The same command continues a run that was interrupted; --resume never starts it 
 [rollout] in TOML is --rollout.group-size 8 here; --domain.1.quota 8 sets the second [[domain]]. Every key:"""
 
 
-def load(argv: list[str]) -> tuple[Config, Launch]:
-    """Parse a command line: --config, then --dry-run, then dotted overrides of any key."""
+def load(argv: list[str]) -> tuple[Config, bool]:
+    """Parse a command line: --config and dotted overrides of any key make the config; whether it has --dry-run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", default="embedded")
     first.add_argument("--dry-run", action="store_true")
     known, rest = first.parse_known_args(argv)
-    table, where = read_toml(known.config)
-    config = build(Config, table, where)
+    config, where = read_config(known.config)
     if rest:
         import tyro  # here: its import costs 0.3 s that the run without overrides need not pay
 
@@ -485,7 +486,7 @@ def load(argv: list[str]) -> tuple[Config, Launch]:
             config=(tyro.conf.FlagConversionOff,),
             description=HELP.format(names=", ".join(named_configs())),
         )
-    return check(config, where), Launch(known.config, known.dry_run)
+    return check(config, where), known.dry_run
 
 
 def to_toml(config: Config) -> str:
@@ -528,7 +529,3 @@ def differing_keys(saved: Config, now: Config) -> list[str]:
 
     a, b = flat(saved), flat(now)
     return [k for k in a if a[k] != b[k] and k not in RESUME_MAY_CHANGE and k.split(".")[0] not in RESUME_MAY_CHANGE]
-
-
-if __name__ == "__main__":
-    print(to_toml(load(sys.argv[1:])[0]))

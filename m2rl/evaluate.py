@@ -19,7 +19,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from m2rl import benchmarks, published
 from m2rl.benchmarks import Benchmark
-from m2rl.config import Config, Model, Rollout, build, read_toml
+from m2rl.command import exit_with, named
+from m2rl.config import Config, Model, Rollout, read_config
 from m2rl.data import files
 from m2rl.data.inspect import prompt_texts
 from m2rl.data.overlap import Index
 from m2rl.domains import procedural
 from m2rl.domains.pool import VerifierPool
-from m2rl.launch import exit_with, process_group
+from m2rl.launch import process_group
 from m2rl.metrics import Display
 from m2rl.policy import Policy, load_model
 from m2rl.rollout.collect import Progress, collect
@@ -258,7 +259,8 @@ def evaluate_model(
 
 def main(argv: Sequence[str] | None = None) -> int:
     o = arguments(argv)
-    wanted = [n for part in o.benchmarks.split(",") for n in (benchmarks.PRESETS if part == "paper" else [part]) if n]
+    parts = [part for item in o.benchmarks for part in item.split(",") if part]
+    wanted = [name for part in parts for name in (benchmarks.PRESETS if part == "paper" else [part])]
     config = evaluation_config(wanted, o.config, o.engine, o.temperature, o.max_new_tokens)
     check_options(o, wanted)
     with process_group(config.threads) as device:
@@ -270,14 +272,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="torchrun -m m2rl.evaluate",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Score models on benchmarks: Avg@K with 95% intervals, as the paper's table.\n\n"
-        "  torchrun -m m2rl.evaluate --model RL_Math RL_Multi --benchmarks paper     the nine, with the paper's K\n"
-        "  ... --benchmarks aime24,gpqa_diamond --data-file gpqa_diamond=gpqa.jsonl   rows of your own copy\n"
-        "  ... --limit 20 --k 1 --max-new-tokens 2048 --out runs/smoke               a quick look\n\n"
-        "The same command goes on after a kill; a larger --k or --limit keeps the samples that are there.",
+        "  torchrun -m m2rl.evaluate --models RL_Math RL_Multi --benchmarks paper    the nine, with the paper's K\n"
+        "  ... --benchmarks aime24 gpqa_diamond --data-file gpqa_diamond=gpqa.jsonl   rows of your own copy\n"
+        "  ... --problems 20 --k 1 --max-new-tokens 2048 --out runs/smoke            a quick look\n\n"
+        "The same command goes on after a kill; a larger --k or --problems keeps the samples that are there.",
     )
     add = parser.add_argument
-    add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face folders or ids, of any architectures")
-    add("--benchmarks", required=True, help=f"comma-separated, of {', '.join(benchmarks.names())}; `paper` = the nine")
+    add("--models", nargs="+", required=True, metavar="DIR", help="Hugging Face folders or ids, of any architectures")
+    add("--benchmarks", nargs="+", required=True, help=f"of {', '.join(benchmarks.names())}; `paper` = the nine")
     add("--out", default="runs/evaluation", metavar="DIR", help="for samples and tables (default: %(default)s)")
     rows = parser.add_argument_group("problems")
     rows.add_argument(
@@ -287,7 +289,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=FILE",
         help="a benchmark's rows from this file or glob (.jsonl, .parquet), in the hub's schema; default: the hub",
     )
-    rows.add_argument("--limit", type=int, default=0, metavar="N", help="at most N problems of each; 0 = all")
+    rows.add_argument("--problems", type=int, default=0, metavar="N", help="at most N of each benchmark; 0 = all")
     rows.add_argument("--lcb-window", default="", metavar="FROM:TO", help="LiveCodeBench contest dates, as 2024-08-01")
     rows.add_argument(
         "--train-data",
@@ -297,10 +299,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="count the problems that share 13 words in a row with these training prompts",
     )
     sampling = parser.add_argument_group("sampling and scoring")
-    sampling.add_argument("--k", type=int, default=0, help="samples per problem; 0 = the paper's for each benchmark")
+    sampling.add_argument(
+        "--k", type=int, default=0, help="samples per problem; 0 = each benchmark's own (the paper's)"
+    )
     sampling.add_argument("--seed", type=int, default=0, help="of samples, GPQA's option order and intervals")
     sampling.add_argument(
-        "--max-new-tokens", type=int, default=0, metavar="N", help=f"0 = {benchmarks.PAPER_MAX_NEW_TOKENS}, the paper's"
+        "--max-new-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"0 = the config's; without one {benchmarks.PAPER_MAX_NEW_TOKENS}, the paper's",
     )
     sampling.add_argument(
         "--temperature",
@@ -321,13 +329,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluation_config(
-    wanted: Sequence[str], named: str = "", engine: str = "", temperature: float | None = None, max_new_tokens: int = 0
+    wanted: Sequence[str],
+    given: str = "",
+    engine: Literal["", "native", "vllm"] = "",
+    temperature: float | None = None,
+    max_new_tokens: int = 0,
 ) -> Config:
-    """The config that was named; the built-in model's if only embedded domains are asked; else the paper's budget."""
+    """The config that was given; the built-in model's if only embedded domains are asked; else the paper's budget."""
     embedded = all(name in procedural.DOMAINS for name in wanted)
-    if named or embedded:
-        table, where = read_toml(named or "embedded")
-        config = build(Config, table, where)
+    if given or embedded:
+        config, _ = read_config(given or "embedded")
     else:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         config = Config(
@@ -357,18 +368,16 @@ def check_options(o: argparse.Namespace, wanted: Sequence[str]) -> None:
             benchmarks.unknown(name)
     if not wanted:
         raise InputError("--benchmarks names none")
-    if twice := next((m for i, m in enumerate(o.model) if m in o.model[:i]), None):
-        raise InputError(f"--model {twice} is given twice")
-    if o.k < 0 or o.limit < 0 or o.max_new_tokens < 0:
-        raise InputError("--k, --limit and --max-new-tokens must not be negative")
+    if twice := next((m for i, m in enumerate(o.models) if m in o.models[:i]), None):
+        raise InputError(f"--models {twice} is given twice")
+    if o.k < 0 or o.problems < 0 or o.max_new_tokens < 0:
+        raise InputError("--k, --problems and --max-new-tokens must not be negative")
     if o.temperature is not None and not 0 <= o.temperature < math.inf:
         raise InputError(f"--temperature must be at least 0, got {o.temperature}")
-    o.files = {}
-    for item in o.data_file:
-        name, equals, path = item.partition("=")
-        if not equals or name not in benchmarks.PRESETS:
-            raise InputError(f"--data-file {item}: must be NAME=FILE, NAME one of {', '.join(benchmarks.PRESETS)}")
-        o.files[name] = path
+    o.files = named(o.data_file, "--data-file")
+    for name, path in o.files.items():
+        if name not in benchmarks.PRESETS:
+            raise InputError(f"--data-file {name}={path}: NAME must be one of {', '.join(benchmarks.PRESETS)}")
         files([path])
     o.window = None
     if o.lcb_window:
@@ -384,7 +393,7 @@ def run(o: argparse.Namespace, wanted: Sequence[str], config: Config, device: to
     table = Table(out, {"seed": o.seed, "engine": config.rollout.engine, "world_size": world, "bootstrap": BOOTSTRAP})
     evaluator, family, tasks = None, "", list[Benchmark]()
     try:
-        for model in o.model:
+        for model in o.models:
             name, key = model_name(model, table.scores), architecture_key(model)
             if evaluator is None or key != family:
                 if evaluator is not None:
@@ -474,7 +483,7 @@ def task_options(o: argparse.Namespace, name: str) -> dict[str, Any]:
         "data_file": o.files.get(name, ""),
         "seed": o.seed,
         "k": o.k,
-        "limit": o.limit,
+        "limit": o.problems,
         "think_gate": {"auto": None, "on": True, "off": False}[o.think_gate],
         "lcb_window": o.window,
     }

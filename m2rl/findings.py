@@ -30,6 +30,7 @@ from m2rl.analyze.samples import read_folder
 from m2rl.analyze.skills import check_rewards, passes, rewards_of
 from m2rl.analyze.skills import domain_of as benchmark_of
 from m2rl.published import NINE, PUBLISHED
+from m2rl.scores import bootstrap_ci
 from m2rl.types import InputError, Sample
 
 RESAMPLES = 4000
@@ -54,7 +55,7 @@ At = Callable[..., Any]  # at(model, domain) or at(model): a number, or one per 
 
 
 @dataclass(frozen=True)
-class Seed:
+class SeedResults:
     """One study: samples of every model on the same problems, and the analyses' JSON."""
 
     seed: int
@@ -65,7 +66,7 @@ class Seed:
     folder: Path
 
 
-def read(folder: str | Path, models: Sequence[str], seed: int = 0) -> Seed:
+def read(folder: str | Path, models: Sequence[str], seed: int = 0) -> SeedResults:
     """A study's folder. InputError where samples are missing or models were not sampled on the same problems."""
     folder = Path(folder)
     samples = read_folder(folder / "samples", models, tokens=False)
@@ -78,7 +79,7 @@ def read(folder: str | Path, models: Sequence[str], seed: int = 0) -> Seed:
         except ValueError:
             raise InputError(f"{path} is not valid JSON: run its stage again") from None
     domain_of = {s.prompt.id: s.prompt.domain for s in next(iter(samples.values()))}
-    return Seed(seed, samples, rewards, domain_of, analyses, folder)
+    return SeedResults(seed, samples, rewards, domain_of, analyses, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def _ends(drawn_R: np.ndarray) -> tuple[float, float]:
 class Comparison:
     """All models of one or several seeds, and what can be estimated from them."""
 
-    def __init__(self, seeds: Sequence[Seed], models: Sequence[str], domains: Sequence[str], base: str = "sft"):
+    def __init__(self, seeds: Sequence[SeedResults], models: Sequence[str], domains: Sequence[str], base: str = "sft"):
         if not seeds:
             raise InputError("a report needs the results of at least one seed, got none")
         missing = [m for m in (base, *domains, "mixed", "distill") if m not in models]
@@ -177,7 +178,7 @@ class Comparison:
         low, high = _ends(f(solved, weights))
         return Estimate(results[0], float(low), float(high), len(ids), "problems")
 
-    def per_seed(self, f: Callable[[Seed], tuple[float, float, float, int, str]]) -> Estimate:
+    def per_seed(self, f: Callable[[SeedResults], tuple[float, float, float, int, str]]) -> Estimate:
         """(value, low, high, n, what the interval is over) of one seed, or the t interval of several."""
         found = [f(s) for s in self.seeds]
         return (
@@ -422,7 +423,7 @@ def _cost(c: Comparison) -> Finding:
     )
 
 
-def _pairs_of(c: Comparison, s: Seed, level: str) -> list[dict[str, Any]]:
+def _pairs_of(c: Comparison, s: SeedResults, level: str) -> list[dict[str, Any]]:
     rows = s.analyses["weights"]["tables"]["pairs"]
     return [r for r in rows if r["level"] == level and r["a"] in c.domains and r["b"] in c.domains]
 
@@ -436,22 +437,16 @@ def _footprints(c: Comparison) -> Finding:
     if any("weights" not in s.analyses for s in c.seeds):
         return Finding(name, claim, test, UNTESTED, note="the weights analysis is missing")
 
-    def one(s: Seed) -> tuple[float, float, float, int, str]:
+    def one(s: SeedResults) -> tuple[float, float, float, int, str]:
         by: dict[str, list[float]] = {}
         for r in _pairs_of(c, s, "tensor"):
             if r["overlap_large"] is not None and r["expected_overlap_large"] is not None:
                 by.setdefault(r["group"], []).append(r["overlap_large"] - r["expected_overlap_large"])
-        return _bootstrap([float(np.mean(v)) for v in by.values()], "tensors")
+        means = np.array([np.mean(v) for v in by.values()])
+        return float(means.mean()), *bootstrap_ci(means, resamples=RESAMPLES), len(means), "tensors"
 
     e = c.per_seed(one)
     return Finding(name, claim, test, above(e), e, "ratio")
-
-
-def _bootstrap(values: Sequence[float], over: str) -> tuple[float, float, float, int, str]:
-    v = np.asarray(values, dtype=np.float64)
-    index = np.random.default_rng(0).integers(0, len(v), (RESAMPLES, len(v)))
-    low, high = np.quantile(v[index].mean(1), [0.025, 0.975])
-    return float(v.mean()), float(low), float(high), len(v), over
 
 
 def _cosines(c: Comparison) -> Finding:
@@ -463,7 +458,7 @@ def _cosines(c: Comparison) -> Finding:
     if any(p["cosine"] is None for s in c.seeds for p in _pairs_of(c, s, "model")):
         return Finding(name, claim, test, UNTESTED, note="the weights of an expert did not move")
 
-    def one(s: Seed) -> tuple[float, float, float, int, str]:
+    def one(s: SeedResults) -> tuple[float, float, float, int, str]:
         r, names = s.analyses["weights"]["results"], s.analyses["weights"]["inputs"]["models"]
         at = [(names.index(p["a"]), names.index(p["b"])) for p in _pairs_of(c, s, "model")]
         mean = float(np.mean([r["projected_cosine"][i][j] for i, j in at]))
@@ -486,7 +481,7 @@ def _neighbours(c: Comparison) -> Finding:
     if any("policies" not in s.analyses for s in c.seeds):
         return Finding(name, claim, test, UNTESTED, note="the policies analysis is missing")
 
-    def one(s: Seed) -> tuple[float, float, float, int, str]:
+    def one(s: SeedResults) -> tuple[float, float, float, int, str]:
         table = s.analyses["policies"]["tables"]["transfer"]
         keys = ("accuracy", "neighbour_transfer", "own_teacher_kl")
         x = {k: np.array([r[k] for r in table], dtype=np.float64) for k in keys}
@@ -546,7 +541,7 @@ def _nearer(c: Comparison) -> Finding:
     if any({"ties", "mixed"} - set(s.analyses["policies"]["inputs"]["policies"]) for s in c.seeds):
         return Finding(name, claim, test, UNTESTED, note="needs the divergences of ties and mixed")
 
-    def one(s: Seed) -> tuple[float, float, float, int, str]:
+    def one(s: SeedResults) -> tuple[float, float, float, int, str]:
         at = {(r["policy"], r["other"], r["domain"]): r for r in s.analyses["policies"]["tables"]["pairs"]}
         rows = [(at["mixed", d, d], at["ties", d, d]) for d in c.domains]
         value = float(np.mean([m["full"] - t["full"] for m, t in rows]))
@@ -573,14 +568,14 @@ def _verification(c: Comparison) -> list[Finding]:
     if any("verification" not in s.analyses for s in c.seeds):
         return [Finding(name, claim, test, UNTESTED, note="the verification analysis is missing"), synergy]
 
-    def rows(s: Seed, kind: str) -> dict[tuple[str, str, str], dict[str, Any]]:
+    def rows(s: SeedResults, kind: str) -> dict[tuple[str, str, str], dict[str, Any]]:
         table = s.analyses["verification"]["tables"]["discrimination"]
         return {(r["verifier"], r["author"], r["domain"]): r for r in table if r["score"] == kind}
 
-    def last(s: Seed) -> str:
+    def last(s: SeedResults) -> str:
         return f"process@{s.analyses['verification']['inputs']['horizon']}"
 
-    def difference(s: Seed, plus: Sequence[tuple[str, str, str]], minus: Sequence[tuple[str, str, str]]):
+    def difference(s: SeedResults, plus: Sequence[tuple[str, str, str]], minus: Sequence[tuple[str, str, str]]):
         at = rows(s, last(s))
         sides, variance = [], 0.0
         for cells in (plus, minus):

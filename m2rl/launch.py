@@ -1,19 +1,14 @@
-"""What every command does around its work: process group, device, signals, and errors as one line with an exit
-status."""
+"""What a command on several ranks does around its work: process group, device, signals."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,53 +83,3 @@ def on_rank_0(work: Callable[[], object]) -> None:
     dist.broadcast_object_list(message, src=0)
     if message[0] is not None:
         raise InputError(message[0])
-
-
-def exit_with(main: Callable[[], int | None]) -> None:
-    """Run a command; wrong input and a full disk become one line and exit status 2, Ctrl-C status 130."""
-    try:
-        sys.exit(main() or 0)
-    except InputError as error:
-        _end(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" writing {Path(error.filename)}" if error.filename else ""
-        _end(f"the disk is full{where}; checkpoints saved before are intact")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except SystemExit as stop:
-        if stop.code == 2:  # the option parser has said what is wrong
-            _tell_torchrun("the command line is wrong: see the message above")
-        raise
-
-
-def _end(message: str) -> NoReturn:
-    if is_leader():
-        print(f"m2rl: {message}", file=sys.stderr, flush=True)
-    _tell_torchrun(f"m2rl: {message}")
-    sys.exit(2)
-
-
-def _tell_torchrun(message: str) -> None:
-    """torchrun ends its own long report with what this file says: there the reason is read even by who missed it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        shown = {"py_callstack": message, "timestamp": int(time.time())}
-        report = {"message": {"message": message, "extraInfo": shown}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(report))
-
-
-def is_leader() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-@contextlib.contextmanager
-def leader_speaks() -> Iterator[None]:
-    """What every rank would print is printed once."""
-    if is_leader():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield

@@ -11,24 +11,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from m2rl_kernels.merge_passes import METHODS, Recipe, recipe
 
 from m2rl import merge as merging
+from m2rl.analyze.figures import Series, chart
 from m2rl.domains.procedural import DOMAINS
 from m2rl.types import InputError
 
 if TYPE_CHECKING:
     from m2rl.evaluate import Evaluator
 
-Domain = tuple[float, float]  # Avg@K, half width of its 95 % interval
-Score = Callable[[Path], Mapping[str, Domain]]  # folder of a merged model -> domain -> score
+Scored = tuple[float, float]  # Avg@K, half width of its 95% interval
+Judge = Callable[[Path], Mapping[str, Scored]]  # folder of a merged model -> domain -> score
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
 
     label: str
     recipe: Recipe
-    scores: Mapping[str, Domain]
+    scores: Mapping[str, Scored]
 
     @property
     def mean(self) -> float:
@@ -73,11 +73,11 @@ def sweep(
     densities: Sequence[float | None],
     lambdas: Sequence[float],
     options: Mapping[str, Any],
-    score: Score | None = None,
+    score: Judge | None = None,
     evaluator: Evaluator | None = None,
     evaluate: Sequence[str] = (),
     k: int = 8,
-    engine: str = "native",
+    engine: Literal["native", "vllm"] = "native",
     **shared: Any,
 ) -> list[Row]:
     """Merge, score, keep the best as `out`. Returns the rows, best first.
@@ -124,7 +124,7 @@ def _by_folder(
     experts: Sequence[str],
     recipes: Mapping[str, Recipe],
     work: Path,
-    score: Score,
+    score: Judge,
     shared: Mapping[str, Any],
 ) -> list[Row]:
     """Every merge on disk, in one reading of the inputs; then each folder is scored."""
@@ -152,7 +152,7 @@ def _by_engine(
     evaluator: Evaluator | None,
     evaluate: Sequence[str],
     k: int,
-    engine: str,
+    engine: Literal["native", "vllm"],
     shared: Mapping[str, Any],
 ) -> list[Row]:
     """Every merge in memory, taken by the engine and scored; what is scored is kept for `resume`."""
@@ -191,7 +191,7 @@ def _by_engine(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line per merge, best first; scores in percent with 95 % intervals."""
+    """Markdown: one line per merge, best first; scores in percent with 95% intervals."""
     domains = list(rows[0].scores)
     lines = ["| merge | mean | " + " | ".join(domains) + " |", "|---|---|" + "---|" * len(domains)]
     for row in rows:
@@ -202,45 +202,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row]) -> str:
     """SVG: mean score against lambda, one line per method and density; single points where lambda does not vary."""
-    width, height, left, bottom = 640, 360, 60, 50
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         lines.setdefault(row.label.split("-lambda")[0], []).append((row.recipe.lam, 100 * row.mean))
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points]
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    x0, x1 = (x0 - 0.5, x1 + 0.5) if x0 == x1 else (x0, x1)
-    y0, y1 = (y0 - 1, y1 + 1) if math.isclose(y0, y1) else (y0, y1)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - x0) / (x1 - x0) * (width - left - 180),
-            height - bottom - (y - y0) / (y1 - y0) * (height - bottom - 20),
-        )
-
-    colours = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        (px, _), (_, py) = at(x, y0), at(x0, y)
-        parts.append(f'<text x="{px:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:.3g}</text>')
-        parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end">{y:.1f}</text>')
-        parts.append(f'<line x1="{left}" x2="{width - 180}" y1="{py:.1f}" y2="{py:.1f}" stroke="#ddd"/>')
-    for i, (label, points) in enumerate(sorted(lines.items())):
-        colour = colours[i % len(colours)]
-        places = [at(x, y) for x, y in sorted(points)]
-        parts.append(
-            f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
-        )
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        parts.append(f'<text x="{width - 170}" y="{30 + 16 * i}" fill="{colour}">{label}</text>')
-    parts.append(f'<text x="{(left + width - 180) / 2}" y="{height - 12}" text-anchor="middle">lambda</text>')
-    parts.append(
-        f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle">'
-        "mean Avg@K, %</text></svg>"
-    )
-    return "\n".join(parts) + "\n"
+    series = [Series(name, [x for x, _ in sorted(at)], [y for _, y in sorted(at)]) for name, at in lines.items()]
+    return chart("sweep", "lines", "Merges", series, x_title="lambda", y_title="mean Avg@K, %").svg()

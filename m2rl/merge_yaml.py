@@ -2,9 +2,8 @@
 `mergekit-yaml`.
 
 Defaults and conventions are mergekit's (`preset="mergekit"`). Scalars, gradients (a list over the depth of the model)
-and filters
-(a list of {value, filter}) are understood. Everything else of that schema is an error that names the key: nothing is
-ignored.
+and filters (a list of {value, filter}) are understood. Everything else of that schema is an error that names the key:
+nothing is ignored.
 """
 
 from __future__ import annotations
@@ -134,8 +133,8 @@ def _reference(path: Path, key: str, value: Any) -> str:
         raise InputError(f"{path}: {key}: a model is a folder or a hub id, got {value!r}")
     if "+" in value:
         raise InputError(
-            f"{path}: {key}: {value!r} asks for a LoRA adapter: merge it into its base model first, then give "
-            f"that folder"
+            f"{path}: {key}: {value!r} asks for a LoRA adapter: merge it into its base model first, then give that "
+            "folder"
         )
     return value
 

@@ -3,8 +3,6 @@ per step."""
 
 from __future__ import annotations
 
-import glob
-import math
 import os
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwe
 
 from m2rl import embedded
 from m2rl.config import Config, to_toml
+from m2rl.data import whereabouts
 from m2rl.rollout.memory import kv_bytes_per_token
 
 # Published shapes, so that a plan needs neither the network nor the weights.
@@ -130,14 +129,7 @@ def print_plan(config: Config) -> None:
     out.print(to_toml(config), markup=False)
     out.print(f"Model      {config.model.path}: {parameters:,} parameters ({found})")
     for pattern in (*config.data.train, *config.data.eval):
-        known = (
-            "generated"
-            if pattern == "procedural"
-            else f"{len(glob.glob(pattern))} file(s)"
-            if glob.glob(pattern)
-            else ("NOT FOUND here; the run needs it")
-        )
-        out.print(f"Data       {pattern}: {known}")
+        out.print(f"Data       {pattern}: {whereabouts(pattern) or 'NOT FOUND here; the run needs it'}")
     if config.algorithm != "sft":
         r = config.rollout
         samples = r.prompts_per_step * r.group_size
@@ -147,10 +139,7 @@ def print_plan(config: Config) -> None:
             f"{config.objective.updates_per_rollout} optimizer step(s)"
         )
     else:
-        out.print(
-            f"Step       {config.train.batch_size:,} sequences in bins of {config.train.tokens_per_bin:,} tokens, "
-            f"{config.train.steps:,} steps"
-        )
+        out.print(f"Step       {config.train.batch_size:,} sequences, {config.train.steps:,} steps")
     if config.model.path != "embedded":
         for n in sorted({world, 1, 8}):
             if n % config.train.replicas == 0:
@@ -164,6 +153,5 @@ def print_plan(config: Config) -> None:
                 f"{config.rollout.max_sequences}; where the rollout is too large: lower rollout.kv_cache_gib, or set "
                 "rollout.park_optimizer"
             )
-    bins = math.ceil(config.train.tokens_per_bin / 1024)
-    out.print(f"Bins       {config.train.tokens_per_bin:,} tokens ({bins} Ki) per forward and backward pass on a rank")
+    out.print(f"Bins       {config.train.tokens_per_bin:,} tokens per forward and backward pass on a rank")
     out.print("Dry run: nothing was loaded, trained or written.")

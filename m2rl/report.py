@@ -32,18 +32,16 @@ import numpy as np
 from m2rl import findings
 from m2rl.analyze.figures import CSS, NARROW, THEME, Figure, Series, chart, heat_map, label, paint
 from m2rl.analyze.output import PAPER
+from m2rl.command import exit_with
 from m2rl.findings import Comparison, Estimate, Finding
-from m2rl.launch import exit_with
 from m2rl.published import NINE, PUBLISHED
+from m2rl.published import title as benchmark_title
 from m2rl.types import InputError, Sample
 
 EXAMPLES = 3  # problems per domain whose responses can be opened
 BINS = 12  # points of a learning curve, each of at least three steps
 NUMBER = "@figure@"  # where a figure's number goes
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
-BENCHMARK_TITLES = dict(
-    zip(NINE, ("AIME24", "AIME25", "LCB v5", "LCB v6", "HLE", "GPQA-D", "IFEval", "IFBench", "MMLU-R"), strict=True)
-)
 e = html.escape
 
 
@@ -262,7 +260,7 @@ def scores(c: Comparison, page: _Page) -> str:
             [swatch(m, c.models), *(cell(at[m, d], at[m, d].value == top[d]) for d in (*c.benchmarks, None))]
             for m in models
         ]
-    counts = ", ".join(f"{_title(b)} {len(c.problems[b])}" for b in c.benchmarks)
+    counts = ", ".join(f"{benchmark_title(b)} {len(c.problems[b])}" for b in c.benchmarks)
     order = sorted(c.models, key=lambda m: at[m, None].value, reverse=True)
     dots = chart(
         "averages",
@@ -285,7 +283,7 @@ def scores(c: Comparison, page: _Page) -> str:
         f"temperature 1 on each held-out problem "
         f"({e(counts)} problems). Small type: {interval(c)}. Bold: the highest of a column, which need not "
         "be significant.</p>"
-        + table(["model", *(_title(b) for b in c.benchmarks), "average"], rows)
+        + table(["model", *(benchmark_title(b) for b in c.benchmarks), "average"], rows)
         + page.figure(
             dots,
             f"All {len(order)} models by their unweighted mean over {len(c.domains)} domains; the dashed line is the "
@@ -294,10 +292,6 @@ def scores(c: Comparison, page: _Page) -> str:
         )
         + published(c)
     )
-
-
-def _title(benchmark: str) -> str:
-    return BENCHMARK_TITLES.get(benchmark, benchmark)
 
 
 def published(c: Comparison) -> str:
@@ -313,7 +307,7 @@ def published(c: Comparison) -> str:
                 paper = PUBLISHED[theirs][d]
                 row.append(f"<td>{percent(ours)}<small>paper {paper:.2f}, {100 * ours.value - paper:+.2f}</small></td>")
             rows.append(row)
-        return "<h3>Ours beside the paper's</h3>" + table(["model", *(_title(d) for d in same)], rows)
+        return "<h3>Ours beside the paper's</h3>" + table(["model", *(benchmark_title(d) for d in same)], rows)
     rows = []
     for m, theirs in names.items():
         numbers = [PUBLISHED[theirs][b] for b in NINE]
@@ -322,7 +316,7 @@ def published(c: Comparison) -> str:
         "<details class=more><summary>The paper's own table (Qwen3-4B, nine benchmarks)</summary>"
         f"<p class=dim>{e(PAPER)}, version 1. Other benchmarks than ours, so cells do not compare; the checks below "
         "apply the same expression to both tables. The paper gives no intervals.</p>"
-        + table(["model", *(_title(b) for b in NINE), "mean"], rows)
+        + table(["model", *(benchmark_title(b) for b in NINE), "mean"], rows)
         + "</details>"
     )
 
@@ -843,7 +837,7 @@ def made(c: Comparison, settings: Mapping[str, Any], folders: Mapping[int, Path]
         **{str(k): str(v) for k, v in settings.items() if k != "k"},
         "seed" if len(c.seeds) == 1 else "seeds": ", ".join(str(s.seed) for s in c.seeds),
         "samples": f"{_k(c)} per problem at temperature 1",
-        "problems": ", ".join(f"{_title(b)} {len(c.problems[b])}" for b in c.benchmarks),
+        "problems": ", ".join(f"{benchmark_title(b)} {len(c.problems[b])}" for b in c.benchmarks),
         "intervals": interval(c),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"

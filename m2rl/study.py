@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from m2rl.config import Config, Data, Domain, build, check, read_toml, to_toml
-from m2rl.launch import exit_with
+from m2rl.command import exit_with, named
+from m2rl.config import Config, Domain, build, check, read_config, read_toml, to_toml
 from m2rl.metrics import Display
 from m2rl.types import InputError
 
@@ -175,7 +175,7 @@ class Stage:
 
 def read(name: str) -> tuple[Study, str]:
     """A study's file, by path or by the name of one that ships with m2rl, and where it was found."""
-    table, where = read_toml(name)
+    table, where = read_toml(name, studies=True)
     return build(Study, table, where), where
 
 
@@ -256,8 +256,7 @@ def training_configs(s: Seed) -> dict[str, Config]:
     for r in study.run:
         if r.checkpoint:
             continue
-        table, where = read_toml(r.config)
-        c: Config = build(Config, table, where)
+        c, where = read_config(r.config)
         wanted = "sft" if r.name == "sft" else "distill" if r.name == "distill" else "grpo"
         if c.algorithm != wanted:
             raise InputError(f"run {r.name}: {where} has algorithm {c.algorithm!r}, must be {wanted!r}")
@@ -292,8 +291,7 @@ def training_configs(s: Seed) -> dict[str, Config]:
 
 
 def sampling_config(study: Study) -> Config:
-    table, where = read_toml(study.sampling.config)
-    c: Config = build(Config, table, where)
+    c, _ = read_config(study.sampling.config)
     problems = study.sampling.problems or c.evaluation.problems
     return dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, problems=problems))
 
@@ -348,7 +346,7 @@ def load_benchmarks(study: Study, tokenizer: Any) -> list[Any]:
     """The benchmarks, their prompts encoded. InputError for an unknown or an empty one."""
     from m2rl import benchmarks
 
-    sources = dict(item.split("=", 1) for item in study.sampling.data_files)
+    sources = named(study.sampling.data_files, "sampling.data_files")
     config, found = sampling_config(study), []
     for name in study.sampling.benchmarks:
         with _as_input_error(f"sampling.benchmarks {name}"):
@@ -441,8 +439,8 @@ def seed_folder(study: Study, out: Path, seed: int) -> Path:
 
 def checkpoint_identity(source: str) -> str:
     """Changes when a checkpoint's weights are written again."""
-    from m2rl.evaluate import weights_identity
     from m2rl.safetensors_io import resolve_folder
+    from m2rl.sample_log import weights_identity
 
     try:
         return weights_identity(str(resolve_folder(source)))
@@ -658,6 +656,8 @@ def clock(seconds: float) -> str:
 
 def print_plan(study: Study, out: Path) -> None:
     """Stages, devices, estimated hours and what they are assumed from; nothing is loaded or written."""
+    from m2rl.data import whereabouts
+
     stages = plan(study, out)
     digests = digests_of(stages)
     unit = "GPU" if study.ranks > 1 else "core"
@@ -688,21 +688,13 @@ def print_plan(study: Study, out: Path) -> None:
     if tried:
         chosen = ", ".join(f"{n} of {k}" for n, k in tried.items())
         print(f"Coefficients chosen on {study.validation.problems} training problems per domain: {chosen}")
-    missing = [p for c in training_configs(Seed(study, study.seeds[0], out)).values() for p in absent(c.data)]
-    for p in dict.fromkeys(missing):
+    wanted = [p for c in training_configs(Seed(study, study.seeds[0], out)).values() for p in c.data.train]
+    for p in dict.fromkeys(p for p in wanted if not whereabouts(p)):
         print(f"Data {p}: NOT FOUND here; the study needs it")
     for r in study.run:
         if r.checkpoint and not checkpoint_is_here(r.checkpoint):
             print(f"Checkpoint of {r.name}, {r.checkpoint}: NOT FOUND here; the study needs it")
     print("Dry run: nothing was loaded, trained or written.")
-
-
-def absent(data: Data) -> list[str]:
-    import glob
-
-    from m2rl.data.mixture import GENERATED
-
-    return [p for p in data.train if p not in GENERATED and not glob.glob(p)]
 
 
 def checkpoint_is_here(source: str) -> bool:
@@ -740,14 +732,10 @@ def parser() -> argparse.ArgumentParser:
 def resolve(o: argparse.Namespace) -> tuple[Study, str]:
     """The study's file with the command line's changes, not yet verified."""
     study, where = read(o.config)
-    given = {}
-    for item in o.checkpoint:
-        name, equals, folder = item.partition("=")
-        if not equals or name not in {r.name for r in study.run}:
-            raise InputError(
-                f"--checkpoint {item}: must be RUN=FOLDER, RUN one of {', '.join(r.name for r in study.run)}"
-            )
-        given[name] = folder
+    given = named(o.checkpoint, "--checkpoint")
+    for name, folder in given.items():
+        if name not in {r.name for r in study.run}:
+            raise InputError(f"--checkpoint {name}={folder}: RUN must be one of {', '.join(r.name for r in study.run)}")
     runs = tuple(dataclasses.replace(r, checkpoint=given.get(r.name, r.checkpoint)) for r in study.run)
     sampling = dataclasses.replace(
         study.sampling, problems=o.problems or study.sampling.problems, k=o.k or study.sampling.k

@@ -22,8 +22,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from m2rl import study as planning
-from m2rl.config import Config, build, read_toml
-from m2rl.launch import exit_with
+from m2rl.command import exit_with
+from m2rl.config import Config, read_config
+from m2rl.merge_sweep import Judge
 from m2rl.study import Seed, Stage, Study, candidates, load_benchmarks, marker, sampling_config, seed_folder
 from m2rl.types import Prompt
 
@@ -40,7 +41,7 @@ def merge_all(s: Seed) -> None:
     if note.is_file():
         chosen = json.loads(note.read_text())
     with contextlib.ExitStack() as stack:
-        judge: Callable[[Path], Mapping[str, tuple[float, float]]] | None = None
+        judge: Judge | None = None
         for name in study.merge:
             folder = s.out / "merges" / name
             if name in chosen and (folder / "config.json").is_file():
@@ -53,7 +54,7 @@ def merge_all(s: Seed) -> None:
                 chosen[name] = {"label": label, "candidates": 1}
             else:
                 judge = judge or stack.enter_context(validation(s))
-                density, lam = (options.pop(key, 1.0) for key in ("density", "lam"))
+                density, lam = options.pop("density", None), options.pop("lam", 1.0)
                 rows = sweep(
                     models["sft"],
                     experts,
@@ -73,7 +74,7 @@ def merge_all(s: Seed) -> None:
 
 
 @contextlib.contextmanager
-def validation(s: Seed) -> Iterator[Callable[[Path], Mapping[str, tuple[float, float]]]]:
+def validation(s: Seed) -> Iterator[Judge]:
     """A judge of merged models: Avg@K per domain on prompts of the training data that come after all that the mixed run
     draws, so that the problems of the report have no part in any choice."""
     from m2rl.benchmarks import Benchmark
@@ -114,8 +115,7 @@ def validation_prompts(s: Seed, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 def validation_config(study: Study) -> Config:
     """Whose training data the validation problems are from: the mixed run's, also where that is not trained here."""
     r = study.training("mixed")
-    table, where = read_toml(r.config)
-    c: Config = build(Config, table, where)
+    c, _ = read_config(r.config)
     return dataclasses.replace(c, train=dataclasses.replace(c.train, steps=r.steps or c.train.steps))
 
 

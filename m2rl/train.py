@@ -31,11 +31,12 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m2rl import checkpoint, embedded, metrics
-from m2rl.config import Config, build, check, differing_keys, load, read_toml, to_toml
+from m2rl.command import exit_with, leader_speaks
+from m2rl.config import Config, build, check, differing_keys, load, read_config, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
 from m2rl.evaluate import EVAL_STEP, end_tokens
-from m2rl.launch import Stopping, exit_with, leader_speaks, on_rank_0, process_group
+from m2rl.launch import Stopping, on_rank_0, process_group
 from m2rl.learner import Learner, added
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
 from m2rl.policy import Policy, load_model, shard
@@ -57,8 +58,8 @@ PROBE_K3 = 1e-3
 
 def main(argv: Sequence[str] | None = None) -> int:
     with leader_speaks():
-        config, launch = load(list(sys.argv[1:] if argv is None else argv))
-        if launch.dry_run:
+        config, dry_run = load(list(sys.argv[1:] if argv is None else argv))
+        if dry_run:
             from m2rl.plan import print_plan
 
             print_plan(config)
@@ -79,8 +80,7 @@ def train(config: Config, device: torch.device, stopping: Stopping) -> int:
     wall: dict[str, float] = {}
     if config.warm_start:
         folder = config.folder / "warm_start"
-        table, where = read_toml(config.warm_start)
-        sft = build(Config, table, where)
+        sft, where = read_config(config.warm_start)
         steps = config.warm_start_steps or sft.train.steps
         sft = dataclasses.replace(
             sft,

@@ -1,6 +1,8 @@
 """The nouns of m2rl: what flows through one training step. Read this file first.
 
-    Prompt --engine--> Sample --verifier--> Verdict --objectives--> Batch --packing--> bins --learner--> StepStats
+    Prompt --engine--> Sample --verifier--> Verdict --objectives--> TrainRow --packing--> Bin --learner--> StepStats
+
+TrainRow (objectives.py) and Bin (learner.py) hold arrays and tensors, and live with the code that makes them.
 
 Tokens are the truth; text is derived from them for verifiers and logs only.
 """

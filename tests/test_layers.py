@@ -10,6 +10,7 @@ LAYER = {  # a module may import its own layer and those below
     "types": 0,
     "configs": 0,
     "config": 0,
+    "command": 0,
     "domains": 1,
     "embedded": 2,
     "data": 2,

@@ -4,12 +4,9 @@
     out = b + lambda * combine_k(w_k, filter(d_k))     one rounding, to the type of the output
 
 Every operation takes `base` [T tensors] and `experts` [K][T tensors] (bf16, fp16 or fp32, any mix), merges all T in
-one native call
-and returns T new tensors (or fills `out`). Top-k keeps exactly k, ties to the lowest flat index; random masks are
-Philox keyed by
-(seed, tensor name, expert, element), so the same on CPU and GPU and in any shard or order. Cost: one reading per
-statistic
-(thresholds, energies) and one that writes; a few 256 KiB chunks of memory per thread.
+one native call and returns T new tensors (or fills `out`). Top-k keeps exactly k, ties to the lowest flat index; random
+masks are Philox keyed by (seed, tensor name, expert, element), so the same on CPU and GPU and in any shard or order.
+Cost: one reading per statistic (thresholds, energies) and one that writes; a few 256 KiB chunks of memory per thread.
 
 Letters: T tensors, K experts, N elements. Formulas and sources: `merge_passes.METHODS`. Errors: ValueError that names
 the argument.
@@ -29,7 +26,7 @@ from m2rl_kernels import merge_passes as passes
 from m2rl_kernels import native
 from m2rl_kernels.merge_passes import Device, Recipe, Statistics, Tensors, recipe
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
@@ -56,7 +53,7 @@ def ties(
     base: Sequence[Tensor],
     experts: Sequence[Sequence[Tensor]],
     *,
-    density: float | Sequence[float] = 0.2,
+    density: float | Sequence[float],
     lam: float = 1.0,
     scope: str | None = None,
     **options: Any,

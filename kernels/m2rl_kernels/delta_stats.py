@@ -31,7 +31,7 @@ from torch import Tensor
 
 from m2rl_kernels import native
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from m2rl_kernels import native
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 VOCABULARY = ("embed_tokens", "lm_head")  # modules whose rows are tokens: engines pad them
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 TILE = 16384  # elements per block, kTile in csrc/sync.cu
 COPY = np.dtype(
     [

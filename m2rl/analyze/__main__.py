@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from m2rl.launch import exit_with
+from m2rl.command import exit_with
 
 ANALYSES = {
     "weights": "what training changed: footprints, overlap, cosines, signs, ranks of weight deltas",
@@ -22,6 +22,7 @@ ANALYSES = {
     "information": "nats moved from the base against accuracy gained",
     "efficiency": "hours, energy, tokens and steps of every stage",
 }
+LIGHT = ("skills", "efficiency")  # these read records and compute nothing that threads would speed up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == chosen:  # the others stay unimported: some take seconds to load
             importlib.import_module(f"m2rl.analyze.{name}").add_arguments(command)
         command.add_argument("--out", required=True, help="folder to write to")
-        command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+        if name not in LIGHT:
+            command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     args = parser.parse_args(argv)
     module = importlib.import_module(f"m2rl.analyze.{args.analysis}")
-    if args.analysis not in ("skills", "efficiency"):
+    if args.analysis not in LIGHT:
         import torch
 
         torch.set_num_threads(args.threads)

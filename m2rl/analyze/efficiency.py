@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from m2rl.analyze import figures
-from m2rl.analyze.output import PAPER, Analysis, named
+from m2rl.analyze.output import PAPER, Analysis
+from m2rl.command import named
 from m2rl.types import InputError
 
 PAPER_GPU_HOURS = {"math": 2172.8, "code": 3187.2, "science": 787.2, "if": 377.6, "mixed": 2166.4, "distill": 816.0}
@@ -198,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed", nargs="+", default=[], metavar="NAME=RUN")
     parser.add_argument("--distill", nargs="+", default=[], metavar="NAME=RUN")
     parser.add_argument("--sft", nargs="+", default=[], metavar="NAME=RUN")
-    parser.add_argument("--merge-s", nargs="+", default=[], metavar="NAME=SECONDS", help="wall seconds of merges")
+    parser.add_argument("--merge-seconds", nargs="+", default=[], metavar="NAME=SECONDS", help="wall seconds of merges")
 
 
 def run(args: argparse.Namespace) -> Analysis:
@@ -211,9 +212,9 @@ def run(args: argparse.Namespace) -> Analysis:
     }
     for stage, (flag, values) in given.items():
         costs += [read_run(folder, name, stage) for name, folder in named(values, flag).items()]
-    for name, seconds in named(args.merge_s, "--merge-s").items():
+    for name, seconds in named(args.merge_seconds, "--merge-seconds").items():
         try:
             costs.append(merge_cost(name, float(seconds)))
         except ValueError:
-            raise InputError(f"--merge-s {name}: seconds must be a number, got {seconds!r}") from None
+            raise InputError(f"--merge-seconds {name}: seconds must be a number, got {seconds!r}") from None
     return analyze(costs)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from m2rl.analyze.figures import Figure
-from m2rl.types import InputError
 
 PAPER = "To Mix or To Merge: Toward Multi-Domain Reinforcement Learning for Large Language Models (arXiv 2602.12566)"
 
@@ -83,16 +82,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     return str(value) if isinstance(value, Path) else value
-
-
-def named(values: Sequence[str], flag: str) -> dict[str, str]:
-    """`name=value` arguments; InputError for one of another form, or a name given twice."""
-    out: dict[str, str] = {}
-    for item in values:
-        name, sign, value = item.partition("=")
-        if not sign or not name or not value:
-            raise InputError(f"{flag} takes name=value, got {item!r}")
-        if name in out:
-            raise InputError(f"{flag}: {name} is given twice")
-        out[name] = value
-    return out

@@ -36,11 +36,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from m2rl.analyze import figures
-from m2rl.analyze.output import PAPER, Analysis, named
+from m2rl.analyze.output import PAPER, Analysis
 from m2rl.analyze.samples import read_folder, sample_models
 from m2rl.analyze.skills import rewards_of
+from m2rl.command import named
 from m2rl.config import Config
 from m2rl.evaluate import Evaluator
+from m2rl.objectives import trained_mask
 from m2rl.policy import Packed, Policy, load_model
 from m2rl.types import InputError, Sample
 
@@ -88,8 +90,7 @@ def scored_bins(
 
 def sequence_of(sample: Sample) -> tuple[list[int], np.ndarray]:
     """A sample as (prompt and response tokens, mask of those the policy wrote)."""
-    written = np.ones(len(sample.tokens), bool) if sample.mask is None else np.asarray(sample.mask, bool)
-    return [*sample.prompt.tokens, *sample.tokens], np.concatenate([np.zeros(len(sample.prompt.tokens), bool), written])
+    return [*sample.prompt.tokens, *sample.tokens], trained_mask(sample)
 
 
 @torch.no_grad()

@@ -35,8 +35,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m2rl.analyze import figures, policies
-from m2rl.analyze.output import PAPER, Analysis, named
+from m2rl.analyze.output import PAPER, Analysis
 from m2rl.analyze.policies import TOKENS_PER_BIN, Library, Source, check_models, token_logprobs
+from m2rl.command import named
 from m2rl.domains.answers import final_answer
 from m2rl.policy import Policy
 from m2rl.types import InputError, Sample

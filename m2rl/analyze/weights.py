@@ -37,7 +37,8 @@ from m2rl_kernels.delta_stats import DeltaStats, concatenate, count_sketch, delt
 from torch import Tensor
 
 from m2rl.analyze import figures
-from m2rl.analyze.output import PAPER, Analysis, named
+from m2rl.analyze.output import PAPER, Analysis
+from m2rl.command import named
 from m2rl.merge import open_inputs
 from m2rl.safetensors_io import Checkpoint
 from m2rl.types import InputError

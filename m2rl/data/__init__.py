@@ -13,6 +13,7 @@ from m2rl.data.mixture import (
     eval_prompts,
     load_sources,
     quotas,
+    whereabouts,
 )
 from m2rl.data.rows import Row, files, normalise, read_records
 
@@ -30,4 +31,5 @@ __all__ = [
     "normalise",
     "quotas",
     "read_records",
+    "whereabouts",
 ]

@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from m2rl.command import exit_with, named
 from m2rl.data import blend
 from m2rl.data.inspect import DROPPABLE, DomainReport, examine, filter_rows
 from m2rl.data.overlap import Index
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = convert(
             options.files,
             Path(options.out),
-            _pairs(options.source, "--source"),
+            named(options.source, "--source"),
             options.domain,
             options.drop_unresolved,
         )
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments: dict[str, Any] = {
         "default_domain": options.domain,
         "tables_dir": options.tables_dir,
-        "against": benchmark_index(_pairs(options.against, "--against")),
+        "against": benchmark_index(named(options.against, "--against")),
     }
     report: dict[str, DomainReport] = {}
     findings, written = counted(examine(options.files, report, **arguments), "inspect"), None
@@ -114,16 +115,6 @@ def counted(items: Iterable[T], title: str) -> Iterator[T]:
         for item in items:
             bar.advance(task)
             yield item
-
-
-def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    pairs = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not (name and equals and value):
-            raise InputError(f"{option} {item}: must be NAME=FILE")
-        pairs[name] = value
-    return pairs
 
 
 def convert(
@@ -177,13 +168,13 @@ def _placeholders(path: Path) -> Iterator[blend.Key]:
             yield key
 
 
-def benchmark_index(named: dict[str, str]) -> Index | None:
+def benchmark_index(sources: dict[str, str]) -> Index | None:
     """The prompts of benchmark files, by their usual keys."""
-    if not named:
+    if not sources:
         return None
 
     def texts() -> Iterator[tuple[str, str]]:
-        for name, pattern in named.items():
+        for name, pattern in sources.items():
             for path in files([pattern]):
                 for where, record in read_records(path):
                     text = next(
@@ -244,8 +235,4 @@ def print_report(report: dict[str, DomainReport]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"m2rl: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

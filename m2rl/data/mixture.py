@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from m2rl.config import Config, Domain
-from m2rl.data import blend
+from m2rl.data import blend, hub
 from m2rl.data.rows import Row, Shelf, files, normalise, positioned_records
 from m2rl.domains import check_spec, procedural, reasoning_gym
 from m2rl.types import InputError, Prompt
@@ -22,6 +23,16 @@ from m2rl.types import InputError, Prompt
 
 GENERATED = ("procedural", "reasoning_gym")  # in place of files
 TEMPLATE_TOKENS = 128  # of roles and tool instructions, at most
+
+
+def whereabouts(pattern: str) -> str:
+    """Where an entry of data.train or data.eval comes from, "" if it is nowhere; nothing is read or downloaded."""
+    if pattern in GENERATED:
+        return "generated"
+    if pattern.startswith(hub.PREFIX):
+        return "on the hub, downloaded when the run starts"
+    found = len(glob.glob(pattern, recursive=True))
+    return f"{found} file(s)" if found else ""
 
 
 class Encoder:

@@ -36,7 +36,6 @@ def collect(
     max_new_tokens: int,
     temperature: float,
     progress: Progress | None = None,
-    gather: bool = True,
     known: Mapping[tuple[str, int], Sample] | None = None,
     on_sample: Callable[[Sample], None] | None = None,
     sharing: Sharing | None = None,
@@ -45,8 +44,8 @@ def collect(
 ) -> list[Sample]:
     """`n` samples per prompt, verified, group by group in the order of `prompts`.
 
-    `sharing` says which prompts are this rank's; with `gather` every rank returns the samples of all. Draws depend on
-    (seed, step, prompt id, sample index) alone, so the result does not depend on the number of ranks. Samples in
+    `sharing` says which prompts are this rank's; every rank returns the samples of all. Draws depend on (seed, step,
+    prompt id, sample index) alone, so the result does not depend on the number of ranks. Samples in
     `known`, by (prompt id, index), are not generated again; `on_sample` sees every other one of this rank as soon as it
     is verified. Agent prompts are conversations: their environment answers and judges here, between two polls.
 
@@ -160,7 +159,7 @@ def collect(
         if i % sharing.members == sharing.member
     ]
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world > 1 and gather:
+    if world > 1:
         parts: list = [None] * world
         dist.all_gather_object(parts, done)
         done = [entry for part in parts for entry in part]

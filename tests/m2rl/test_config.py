@@ -3,7 +3,7 @@ import tomllib
 
 import pytest
 
-from m2rl.config import Config, build, check, differing_keys, load, named_configs, to_toml
+from m2rl.config import Config, build, check, differing_keys, load, named_configs, read_toml, to_toml
 from m2rl.types import InputError
 
 
@@ -14,13 +14,9 @@ def write(tmp_path, text):
 
 
 def test_the_default_is_the_embedded_run():
-    config, launch = load([])
-    assert (launch.config, config.name, config.warm_start, config.algorithm) == (
-        "embedded",
-        "embedded",
-        "embedded_sft",
-        "grpo",
-    )
+    config, dry_run = load([])
+    assert (config.name, config.warm_start, config.algorithm) == ("embedded", "embedded_sft", "grpo")
+    assert not dry_run
 
 
 @pytest.mark.parametrize("name", named_configs())
@@ -30,7 +26,7 @@ def test_every_shipped_config_resolves_and_round_trips(name):
 
 
 def test_dotted_overrides_reach_nested_keys_and_domains():
-    config, launch = load(
+    config, dry_run = load(
         [
             "--rollout.group-size",
             "4",
@@ -45,7 +41,7 @@ def test_dotted_overrides_reach_nested_keys_and_domains():
     )
     assert config.rollout.group_size == 4
     assert [d.quota for d in config.domain] == [5, 3, 4, 4]
-    assert launch.dry_run
+    assert dry_run
     assert config.model.compile
 
 
@@ -78,6 +74,15 @@ def test_bad_config_names_file_key_and_rule(tmp_path, text, message):
 def test_a_missing_config_suggests_a_shipped_one():
     with pytest.raises(InputError, match=r"did you mean qwen3_4b_math\?"):
         load(["--config", "qwen3_4b_maths"])
+
+
+def test_a_study_is_told_from_a_run():
+    with pytest.raises(InputError, match=r"study_embedded is for python -m m2rl\.study"):
+        load(["--config", "study_embedded"])
+    with pytest.raises(InputError, match=r"embedded is for torchrun -m m2rl\.train"):
+        read_toml("embedded", studies=True)
+    with pytest.raises(InputError, match=r"did you mean study_embedded\?"):
+        read_toml("study_embeded", studies=True)
 
 
 def test_an_unknown_override_ends_with_status_2(capsys):

@@ -193,3 +193,12 @@ def test_the_engine_is_awake_with_the_newest_weights_whenever_it_generates(folde
 def test_a_domain_without_a_teacher_is_an_error(folders):
     with pytest.raises(InputError, match="domain math: distillation needs its teacher"):
         main(["--config", user_toml(folders, "reverse", math="")])
+
+
+@pytest.mark.parametrize(
+    "option", ["--objective.kl-coef 0.1", "--rollout.dynamic-sampling-rounds 1", "--rollout.carry-over 0.1"]
+)
+def test_an_option_that_distillation_does_not_read_is_an_error(folders, option):
+    config = user_toml(folders, "reverse", math=folders / "math_teacher", **{"if": folders / "if_teacher"})
+    with pytest.raises(InputError, match="distillation does not read"):
+        main(["--config", config, *option.split()])

@@ -36,15 +36,16 @@ def models(tmp_path_factory):
 def arguments(models, out, *more):
     files = [f"--data-file={name}={models}/{name}.jsonl" for name in ("gpqa_diamond", "aime24", "ifeval")]
     return [
-        "--model",
+        "--models",
         str(models / "mine"),
         "--benchmarks",
-        "gpqa_diamond,ifeval,math",
+        "gpqa_diamond,ifeval",
+        "math",
         "--k",
         "2",
         "--max-new-tokens",
         "6",
-        "--limit",
+        "--problems",
         "3",
         "--out",
         str(out),
@@ -67,7 +68,7 @@ def done(models, tmp_path_factory):
         "-m",
         "m2rl.evaluate",
         *arguments(models, out, "--train-data", str(models / "train.jsonl")),
-        "--model",
+        "--models",
         str(models / "mine"),
         str(models / "RL_Math"),
     )
@@ -107,7 +108,7 @@ def test_a_finished_evaluation_is_only_read_again(done, models):
     out, _ = done
     before = {p: p.read_bytes() for p in out.rglob("samples.*")}
     scores = json.loads((out / "scores.json").read_text())["scores"]
-    assert main([*arguments(models, out), "--model", str(models / "mine"), str(models / "RL_Math")]) == 0
+    assert main([*arguments(models, out), "--models", str(models / "mine"), str(models / "RL_Math")]) == 0
     assert {p: p.read_bytes() for p in out.rglob("samples.*")} == before
     assert json.loads((out / "scores.json").read_text())["scores"] == scores
 
@@ -115,7 +116,7 @@ def test_a_finished_evaluation_is_only_read_again(done, models):
 def test_more_samples_and_problems_keep_those_that_are_there(models, tmp_path):
     main([*arguments(models, tmp_path), "--benchmarks", "math"])
     before = samples(tmp_path / "mine" / "math")
-    main([*arguments(models, tmp_path), "--benchmarks", "math", "--limit", "5", "--k", "3"])
+    main([*arguments(models, tmp_path), "--benchmarks", "math", "--problems", "5", "--k", "3"])
     after = samples(tmp_path / "mine" / "math")
     assert len(after) == 15 and {key: after[key] for key in before} == before
 
@@ -129,7 +130,7 @@ def test_two_ranks_draw_the_samples_of_one(done, models, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(models, tmp_path):
-    command = [*arguments(models, tmp_path), "--benchmarks", "math", "--limit", "40", "--k", "30"]
+    command = [*arguments(models, tmp_path), "--benchmarks", "math", "--problems", "40", "--k", "30"]
     process = subprocess.Popen(
         [sys.executable, "-m", "m2rl.evaluate", *command],
         env=environment(),
@@ -185,10 +186,10 @@ def test_other_settings_do_not_mix_with_the_samples_of_a_folder(done, models, tm
     [
         (["--benchmarks", "aime23"], "unknown benchmark aime23, did you mean aime2[45]"),
         (["--benchmarks", "aime25", "--data-file", "aime25=/nowhere.jsonl"], "no file /nowhere.jsonl"),
-        (["--data-file", "mth=x"], "--data-file mth=x: must be NAME=FILE"),
+        (["--data-file", "mth=x"], "--data-file mth=x: NAME must be one of aime24"),
         (["--lcb-window", "2025"], "--lcb-window 2025: must be YYYY-MM-DD:YYYY-MM-DD"),
-        (["--model", "/nowhere"], "model /nowhere: not a Hugging Face model folder or id"),
-        (["--model", "a/b", "a/b"], "--model a/b is given twice"),
+        (["--models", "/nowhere"], "model /nowhere: not a Hugging Face model folder or id"),
+        (["--models", "a/b", "a/b"], "--models a/b is given twice"),
         (["--k", "-1"], "must not be negative"),
         (["--temperature", "-0.5"], "--temperature must be at least 0, got -0.5"),
         (["--benchmarks", ","], "names none"),
@@ -279,7 +280,7 @@ def test_differences_to_the_paper_carry_a_star_in_another_setting():
 def test_a_row_that_is_judged_by_another_answer_is_not_taken_from_the_samples_before(models, tmp_path):
     row = {"problem": "How many?", "answer": 4}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    command = ["--model", str(models / "mine"), "--benchmarks", "aime24", "--k", "1", "--max-new-tokens", "4"]
+    command = ["--models", str(models / "mine"), "--benchmarks", "aime24", "--k", "1", "--max-new-tokens", "4"]
     command += ["--data-file", f"aime24={tmp_path}/a.jsonl", "--out", str(tmp_path / "out")]
     assert main(command) == 0
     (tmp_path / "a.jsonl").write_text(json.dumps(row | {"answer": 5}))

@@ -9,13 +9,13 @@ import pytest
 import small_study
 
 from m2rl import findings
-from m2rl.findings import Comparison, Estimate, Seed, above, check, paper_value, t_interval, within
+from m2rl.findings import Comparison, Estimate, SeedResults, above, check, paper_value, t_interval, within
 from m2rl.types import InputError
 
 DOMAINS = small_study.DOMAINS
 
 
-def seed_of(accuracy, problems=400, k=4, seed=0, noise=None) -> Seed:
+def seed_of(accuracy, problems=400, k=4, seed=0, noise=None) -> SeedResults:
     """A seed whose models pass each domain's problems with these chances; `noise` shares luck between models."""
     rng = np.random.default_rng(seed)
     luck = rng.random((len(DOMAINS), problems, k))
@@ -26,7 +26,7 @@ def seed_of(accuracy, problems=400, k=4, seed=0, noise=None) -> Seed:
             f"{d}/{i}": (mine[n, i] < by[d]).astype(float) for n, d in enumerate(DOMAINS) for i in range(problems)
         }
     domain_of = {p: p.partition("/")[0] for p in rewards["sft"]}
-    return Seed(seed, {}, rewards, domain_of, {}, None)
+    return SeedResults(seed, {}, rewards, domain_of, {}, None)
 
 
 def chances(**changed):
@@ -38,7 +38,7 @@ def chances(**changed):
     return out
 
 
-def comparison(*seeds: Seed) -> Comparison:
+def comparison(*seeds: SeedResults) -> Comparison:
     return Comparison(seeds, small_study.MODELS, DOMAINS)
 
 

@@ -1,10 +1,8 @@
 """Against mergekit itself, where its result is well defined: no ties at the threshold, no exact cancellation.
 
 Needs the `peers` extra. float32: bit for bit, or a stated number of float32 steps where its reductions add in another
-order; bfloat16
-arithmetic (`compute_dtype`): bit for bit for the elementwise rules. Random masks are not shared (mergekit's depend on
-the number of
-threads), so for DARE ours is put into mergekit.
+order; bfloat16 arithmetic (`compute_dtype`): bit for bit for the elementwise rules. Random masks are not shared
+(mergekit's depend on the number of threads), so for DARE ours is put into mergekit.
 """
 
 import pytest

@@ -4,7 +4,7 @@ import sys
 import time
 
 from m2rl import train
-from m2rl.launch import exit_with
+from m2rl.command import exit_with
 from m2rl.rollout.vllm import VllmEngine
 
 poll = VllmEngine.poll

@@ -60,7 +60,7 @@ def test_the_command(tmp_path):
     for n in ("math", "mix"):
         run_folder(tmp_path / n, [1.0, 1.0])
     arguments = ["--experts", f"math={tmp_path / 'math'}", "--mixed", f"mix={tmp_path / 'mix'}"]
-    assert main(["efficiency", *arguments, "--merge-s", "ties=3", "--out", str(tmp_path / "o")]) == 0
+    assert main(["efficiency", *arguments, "--merge-seconds", "ties=3", "--out", str(tmp_path / "o")]) == 0
     found = json.loads((tmp_path / "o" / "efficiency.json").read_text())
     assert found["results"]["ratios"]["mixed_over_experts_device_hours"] == 1
     assert len((tmp_path / "o" / "efficiency-runs.csv").read_text().splitlines()) == 4
@@ -82,4 +82,4 @@ def test_bad_runs_are_named(tmp_path):
     with pytest.raises(InputError, match="runs on cpu and cuda cannot be compared"):
         analyze([mixed, read_run(run_folder(tmp_path / "b", [1.0]), "b", "expert")])
     with pytest.raises(InputError, match="seconds must be a number, got 'soon'"):
-        main(["efficiency", "--merge-s", "ties=soon", "--out", str(tmp_path / "o")])
+        main(["efficiency", "--merge-seconds", "ties=soon", "--out", str(tmp_path / "o")])

@@ -101,7 +101,7 @@ def test_two_commands_from_the_blend_to_training_on_five_domains_and_the_table(u
 
     files = [f"--data-file={n}={user}/{n}.jsonl" for n in ("aime24", "aime25", "ifbench")]
     options = ["--benchmarks", "aime24,aime25,ifbench", "--k", "2", "--max-new-tokens", "8", "--out", "evaluation"]
-    run = torchrun("-m", "m2rl.evaluate", "--model", "runs/five/model", "model", *options, *files, cwd=user)
+    run = torchrun("-m", "m2rl.evaluate", "--models", "runs/five/model", "model", *options, *files, cwd=user)
     assert run.returncode == 0, run.stdout + run.stderr
     table = (user / "evaluation" / "table.md").read_text()
     assert table.startswith("| benchmark | five-model | model |")

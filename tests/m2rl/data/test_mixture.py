@@ -7,7 +7,7 @@ import pytest
 
 from m2rl import embedded
 from m2rl.config import Config, Data, Domain, Evaluation, Rollout
-from m2rl.data import eval_prompts, load_sources, quotas
+from m2rl.data import eval_prompts, load_sources, quotas, whereabouts
 from m2rl.data.mixture import surely_short
 from m2rl.data.rows import Shelf, files, normalise
 from m2rl.types import InputError
@@ -117,3 +117,9 @@ def test_held_out_rows_may_be_of_any_domain_and_are_limited_by_benchmark(tmp_pat
         "<bos>b",
         "<bos>plain?",
     ]
+
+
+def test_a_plan_says_where_data_comes_from(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    assert whereabouts(f"{tmp_path}/*.jsonl") == "1 file(s)" and whereabouts(f"{tmp_path}/b.jsonl") == ""
+    assert whereabouts("reasoning_gym") == "generated" and whereabouts("hub:owner/name").startswith("on the hub")
