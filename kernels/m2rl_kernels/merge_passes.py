@@ -653,9 +653,7 @@ def sums(
 ) -> dict[str, np.ndarray]:
     """Float64 (or int64) reductions per tensor; `want` names fields of M2rlSums and their shapes after [T]."""
     out = {
-        name: np.zeros(
-            (len(tensors), *shape), np.int64 if name in ("sign", "unique", "shared") else np.float64
-        )
+        name: np.zeros((len(tensors), *shape), np.int64 if name in ("sign", "unique", "shared") else np.float64)
         for name, shape in want.items()
     }
     device.call(
