@@ -321,7 +321,7 @@ class ShardWriter:
         return np.frombuffer(os.pread(handle, size, position), np.uint8)
 
     def write_back(self) -> None:
-        """Send to the disk what was written since the last call. OSError where that failed: an fsync may not repeat it."""
+        """Send to the disk what was written since the last call. OSError if that failed: an fsync may not repeat it."""
         for name, handle in self.handles.items():
             time_ns = os.fstat(handle).st_mtime_ns
             if time_ns != self._synced.get(name):
