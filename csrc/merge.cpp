@@ -210,7 +210,9 @@ class Prepared {
 
 // One list's search for its rank-th largest key.
 struct Search {
-  int64_t list, slot, rank;             // which keys; where the answer goes; how many to keep
+  int64_t list, slot, rank;             // which keys; where the answer goes; how many to keep,
+  double share = 0.0;                   // or, above 0, this share of the non-zero ones, which the scan counts
+  int64_t nonzero = 0;
   uint32_t lo = 0, hi = 0x7fffffffu;    // the bracket
   bool store = true;
   // A heavy value at an end of the bracket (zero, or a step of bfloat16) is counted, not stored.
@@ -242,13 +244,14 @@ class Selector {
     std::vector<Search> searches;
     for (int64_t l = 0; l < lists_; ++l)
       for (int64_t r = 0; r < want_.ranks; ++r) {
-        int64_t slot = (g * lists_ + l) * want_.ranks + r, rank = want_.rank[slot];
-        if (rank <= 0) answer(slot, 0xffffffffu, -1, 0, 0);
-        else if (rank >= total_) answer(slot, 0, total_ - 1, -1, -1);
-        else {
-          searches.emplace_back();
-          searches.back().list = l, searches.back().slot = slot, searches.back().rank = rank;
-        }
+        const int64_t slot = (g * lists_ + l) * want_.ranks + r;
+        const double share = want_.share != nullptr ? want_.share[slot] : 0.0;
+        const int64_t rank = want_.share == nullptr ? want_.rank[slot] : share >= 1.0 ? total_ : 0;
+        const bool counted = share > 0.0 && share < 1.0 && total_ > 0;
+        if (!counted && answered(slot, rank)) continue;
+        searches.emplace_back();
+        searches.back().list = l, searches.back().slot = slot, searches.back().rank = rank;
+        if (counted) searches.back().share = share;
       }
     if (searches.empty()) return;
     if (total_ > kWhole) guess(searches);
@@ -272,6 +275,14 @@ class Selector {
     want_.threshold[slot] = threshold, want_.cut[slot] = cut;
     if (want_.above != nullptr) want_.above[slot] = above;
     if (want_.equal != nullptr) want_.equal[slot] = equal;
+  }
+
+  // Nothing or everything is kept: that needs no search.
+  bool answered(int64_t slot, int64_t rank) const {
+    if (rank <= 0) answer(slot, 0xffffffffu, -1, 0, 0);
+    else if (rank >= total_) answer(slot, 0, total_ - 1, -1, -1);
+    else return false;
+    return true;
   }
 
   // Bracket each rank by 4 standard deviations of a stratified sample.
@@ -302,7 +313,9 @@ class Selector {
     }
     for (auto& s : searches) {
       auto& list = keys[static_cast<size_t>(s.list)];
-      const double share = static_cast<double>(s.rank) / static_cast<double>(total_), size = static_cast<double>(m);
+      const bool counted = s.share > 0.0;  // then the draws that matter are the sample's non-zero keys
+      const double share = counted ? s.share : static_cast<double>(s.rank) / static_cast<double>(total_);
+      const double size = static_cast<double>(counted ? m - std::count(list.begin(), list.end(), 0u) : m);
       const double centre = share * size, slack = 4.0 * std::sqrt(size * share * (1.0 - share)) + 3.0;
       const int64_t from = static_cast<int64_t>(std::floor(centre - slack)), upto = static_cast<int64_t>(std::ceil(centre + slack));
       auto pick = [&](int64_t rank) {
@@ -366,9 +379,10 @@ class Selector {
   void scan(const std::vector<Search*>& searches, int threads, const M2rlReport* report) const {
     const int64_t room = std::max<int64_t>(2 * kWhole, std::min<int64_t>(total_ / 8, int64_t{1} << 24));
     std::vector<std::atomic<int64_t>> held(searches.size());
-    std::vector<int64_t> above(searches.size() * static_cast<size_t>(threads) * 8, 0);  // padded: one cache line per counter
+    // one cache line per search and thread: keys above the bracket, keys that are not zero
+    std::vector<int64_t> counts(searches.size() * static_cast<size_t>(threads) * 8, 0);
     for (auto* s : searches) {
-      s->above = s->inside = 0;
+      s->above = s->inside = s->nonzero = 0;
       for (auto* atom : {&s->top, &s->bottom}) {
         atom->count = 0;
         atom->chunk.assign(atom->on ? chunks_.size() : 0, 0);
@@ -393,7 +407,9 @@ class Selector {
         }
         int64_t in = 0;
         uint32_t* out = scratch[static_cast<size_t>(thread)].data();
-        ops_.bracket(keys, n, s.lo, s.hi, store ? out : nullptr, &above[(j * static_cast<size_t>(threads) + static_cast<size_t>(thread)) * 8], &in);
+        int64_t* count = &counts[(j * static_cast<size_t>(threads) + static_cast<size_t>(thread)) * 8];
+        ops_.bracket(keys, n, s.lo, s.hi, store ? out : nullptr, &count[0], &in);
+        if (s.share > 0.0) count[1] += ops_.count_nonzero(keys, n);
         if (store && in != 0) {
           mine.insert(mine.end(), out, out + in);
           held[j].fetch_add(in, std::memory_order_relaxed);
@@ -405,7 +421,10 @@ class Selector {
       }
     });
     for (size_t j = 0; j < searches.size(); ++j) {
-      for (int t = 0; t < threads; ++t) searches[j]->above += above[(j * static_cast<size_t>(threads) + static_cast<size_t>(t)) * 8];
+      for (int t = 0; t < threads; ++t) {
+        const int64_t* count = &counts[(j * static_cast<size_t>(threads) + static_cast<size_t>(t)) * 8];
+        searches[j]->above += count[0], searches[j]->nonzero += count[1];
+      }
       for (int64_t in : searches[j]->chunk_inside) searches[j]->inside += in;
       for (auto* atom : {&searches[j]->top, &searches[j]->bottom})
         for (int64_t count : atom->chunk) atom->count += count;
@@ -414,6 +433,10 @@ class Selector {
 
   // From a scan to the answer; false if the bracket missed or not all of it was stored: then [lo, hi] and `above` say where to look.
   bool settle(Search& s) const {
+    if (s.share > 0.0) {
+      s.rank = static_cast<int64_t>(s.share * static_cast<double>(s.nonzero));
+      if (answered(s.slot, s.rank)) return true;
+    }
     const int64_t over = s.above - s.top.count, upto = s.above + s.inside;  // keys above everything counted; down to the interior
     if (s.rank <= over) {
       s.lo = (s.top.on ? s.top.key : s.hi) + 1, s.hi = 0x7fffffffu, s.above = 0;
@@ -574,7 +597,7 @@ int32_t m2rl_merge_sums(const M2rlTensors* in, const M2rlRule* rule, const M2rlS
     double* square = after + K * kLanes;
     double* gram = square + K * kLanes;
     float* s = room[static_cast<size_t>(thread)].data();
-    int64_t sign = 0, varied = 0;
+    int64_t sign = 0;
     std::vector<int64_t> unique(static_cast<size_t>(K), 0), shared(static_cast<size_t>(K), 0);
     if (ranked(rule)) block.rank_rows(part);
     for (int64_t i = part.begin; i < part.end; i += kBlock) {
@@ -584,10 +607,6 @@ int32_t m2rl_merge_sums(const M2rlTensors* in, const M2rlRule* rule, const M2rlS
         if (want->square != nullptr) ops.sum_product(block.d[k], block.d[k], n, square + k * kLanes);
         if (want->gram != nullptr)
           for (int64_t j = 0; j <= k; ++j) ops.sum_product(block.d[k], block.d[j], n, gram + (k * K + j) * kLanes);
-      }
-      if (want->variance_nonzero != nullptr) {
-        ops.variance(block.v, block.d.data(), static_cast<int>(K), n);
-        varied += ops.count_nonzero(block.v, n);
       }
       if (want->sign != nullptr) {
         std::fill(s, s + n, 0.0f);
@@ -599,7 +618,6 @@ int32_t m2rl_merge_sums(const M2rlTensors* in, const M2rlRule* rule, const M2rlS
     }
     for (size_t w = 0; w < width; ++w) partial[static_cast<size_t>(c) * width + w] = sum_lanes(lane.data() + w * kLanes);
     if (want->sign != nullptr) add(want->sign + t, sign);
-    if (want->variance_nonzero != nullptr) add(want->variance_nonzero + t, varied);
     for (int64_t k = 0; want->unique != nullptr && k < K; ++k) {
       add(want->unique + t * K + k, unique[static_cast<size_t>(k)]);
       add(want->shared + t * K + k, shared[static_cast<size_t>(k)]);

@@ -796,6 +796,22 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
 int32_t m2rl_merge_select_cuda(const M2rlTensors* in, const M2rlRule* rule, const M2rlSelect* want, const M2rlReport* report, int64_t chunk,
                                void* stream) {
   if (ranked(*rule) || in->experts > kMaxExperts) return -ENOTSUP;
+  if (want->share != nullptr) {  // the histograms need ranks: count first
+    if (want->key != 1 || want->ranks != 1) return -ENOTSUP;
+    std::vector<int64_t> varied(static_cast<size_t>(in->tensors)), rank;
+    M2rlSums sums{};
+    sums.variance_nonzero = varied.data();
+    const int32_t status = m2rl_merge_sums_cuda(in, rule, &sums, nullptr, chunk, stream);
+    if (status != 0) return status;
+    for (int64_t g = 0; g < want->groups; ++g) {
+      int64_t nonzero = 0, total = 0;
+      for (int64_t t = want->start[g]; t < want->start[g + 1]; ++t) nonzero += varied[static_cast<size_t>(t)], total += in->numel[t];
+      rank.push_back(want->share[g] >= 1.0 ? total : static_cast<int64_t>(want->share[g] * static_cast<double>(nonzero)));
+    }
+    M2rlSelect known = *want;
+    known.rank = rank.data(), known.share = nullptr;
+    return m2rl_merge_select_cuda(in, rule, &known, report, chunk, stream);
+  }
   Arena arena(static_cast<cudaStream_t>(stream));
   const View view = upload(arena, *in);
   const RuleView rules = upload(arena, *in, *rule);

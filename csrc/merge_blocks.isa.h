@@ -342,21 +342,38 @@ void finish(float* __restrict v, const float* __restrict num, const float* __res
   });
 }
 
+// Sixteen floats, whatever the registers' width. Written out, because the compiler's own version of the loop over experts tests
+// at run time whether the rows overlap, and takes the scalar branch.
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+
 void variance(float* __restrict v, const float* const* d, int experts, int n) {
-  const float share = static_cast<float>(experts);
-  float mean[kBlock];
-  for (int i = 0; i < n; ++i) mean[i] = 0.0f;
-  for (int k = 0; k < experts; ++k) {
-    const float* __restrict dk = d[k];
-    for (int i = 0; i < n; ++i) mean[i] += dk[i];
+  const float share = static_cast<float>(experts), inverse = 1.0f / share;
+  const bool exact = (experts & (experts - 1)) == 0;  // a power of two: the product is the quotient, bit for bit
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Lanes mean = {}, total = {}, x;
+    for (int k = 0; k < experts; ++k) {
+      std::memcpy(&x, d[k] + i, sizeof x);
+      mean += x;
+    }
+    if (exact) mean *= inverse;
+    else mean /= share;
+    for (int k = 0; k < experts; ++k) {
+      std::memcpy(&x, d[k] + i, sizeof x);
+      x -= mean;
+      total += x * x;
+    }
+    if (exact) total *= inverse;
+    else total /= share;
+    std::memcpy(v + i, &total, sizeof total);
   }
-  for (int i = 0; i < n; ++i) mean[i] /= share;
-  for (int i = 0; i < n; ++i) v[i] = 0.0f;
-  for (int k = 0; k < experts; ++k) {
-    const float* __restrict dk = d[k];
-    for (int i = 0; i < n; ++i) v[i] += (dk[i] - mean[i]) * (dk[i] - mean[i]);
+  for (; i < n; ++i) {
+    float mean = 0.0f, total = 0.0f;
+    for (int k = 0; k < experts; ++k) mean += d[k][i];
+    mean /= share;
+    for (int k = 0; k < experts; ++k) total += (d[k][i] - mean) * (d[k][i] - mean);
+    v[i] = total / share;
   }
-  for (int i = 0; i < n; ++i) v[i] /= share;
 }
 
 void ram(float* __restrict num, const float* const* d, int experts, int n, float epsilon, const float* scale_k, const float* weight,

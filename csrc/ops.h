@@ -65,14 +65,15 @@ struct M2rlSums {                 // any pointer may be null
   double* square;                 // [T*K] sum d^2 after the filters
   double* gram;                   // [T*K*K] sum d_i d_j (no filters); of experts themselves if base is null
   int64_t* sign;                  // [T] (positive) - (negative) of the elected sums
-  int64_t* variance_nonzero;      // [T]
+  int64_t* variance_nonzero;      // [T] CUDA only: the CPU counts them while it selects
   int64_t* unique; int64_t* shared;  // [T*K] RAM
 };
 struct M2rlSelect {               // exact top-k: groups of consecutive tensors, K lists each (one list for the variance)
   int32_t key, ranks;             // 0 magnitude of d, 1 variance over experts; R ranks per list
   int64_t groups;                 // G
   const int64_t* start;           // [G+1] first tensor of each group
-  const int64_t* rank;            // [G*L*R] how many to keep
+  const int64_t* rank;            // [G*L*R] how many to keep, or null:
+  const double* share;            // [G*L*R] keep floor(share * how many keys are not zero); everything from 1 on
   uint32_t* threshold;            // [G*L*R] keep key > threshold, or == and flat index in the group <= cut
   int64_t* cut;
   int64_t* above; int64_t* equal; // [G*L*R] how many are above and at the threshold (-1 where no scan was needed)

@@ -431,6 +431,35 @@ def small_footprint(inputs: Inputs, interval_s: float = 0.02) -> Iterator[None]:
         worker.join()
 
 
+@contextlib.contextmanager
+def early_writeback(outputs: Sequence[Output], sync: bool, interval_s: float = 0.02) -> Iterator[None]:
+    """Send finished bytes to the disk while the rest is computed: the fsync that makes them safe finds few left.
+
+    OSError, when the block ends, where the disk refused them: the kernel may report that only once.
+    """
+    done, refused = threading.Event(), []
+
+    def work() -> None:
+        try:
+            while not done.wait(interval_s):
+                for output in outputs:
+                    output.writer.write_back()
+        except OSError as error:
+            refused.append(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    if sync:
+        worker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if sync:
+            worker.join()
+    if refused:
+        raise refused[0]
+
+
 def stream(
     inputs: Inputs, outputs: Sequence[Output], *, threads: int = 0, progress: bool | None = None, device: str = "cpu"
 ) -> list[dict[str, Any]]:
@@ -863,7 +892,7 @@ def merge_many(
                     inputs, chosen, folder, dtype=dtype, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite
                 )
             )
-        with small_footprint(inputs):
+        with small_footprint(inputs), early_writeback(outputs, sync):
             summaries = stream(inputs, outputs, threads=threads, progress=progress)
         for output, summary in zip(outputs, summaries):
             finish(inputs, output, summary, dtype=dtype, overwrite=overwrite, sync=sync)
@@ -874,6 +903,8 @@ def merge_many(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _discard(outputs)
             raise InputError(f"the disk of {outputs[0].folder.parent} is full: nothing was written") from None
+        if error.errno == errno.EIO:  # the page cache may show what the disk never got: nothing to resume
+            _discard(outputs)
         raise
     return summaries
 

@@ -291,6 +291,7 @@ class ShardWriter:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout, self.folder = layout, folder
         self.handles: dict[str, int] = {}
+        self._synced: dict[str, int] = {}  # file -> its modification time when it was last sent to the disk
         try:
             for name, size in layout.files.items():
                 handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
@@ -318,6 +319,14 @@ class ShardWriter:
     def read(self, tensor: str, size: int) -> np.ndarray:
         handle, position = self.where(tensor)
         return np.frombuffer(os.pread(handle, size, position), np.uint8)
+
+    def write_back(self) -> None:
+        """Send to the disk what was written since the last call. OSError if that failed: an fsync may not repeat it."""
+        for name, handle in self.handles.items():
+            time_ns = os.fstat(handle).st_mtime_ns
+            if time_ns != self._synced.get(name):
+                getattr(os, "fdatasync", os.fsync)(handle)
+                self._synced[name] = time_ns
 
     def finish(self, sync: bool) -> None:
         """Index, then everything to disk."""

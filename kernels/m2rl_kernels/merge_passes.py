@@ -461,7 +461,7 @@ class _Sums(_Struct):
 
 
 class _Select(_Struct):
-    _fields_ = _fields("i:key i:ranks q:groups p:start p:rank p:threshold p:cut p:above p:equal")
+    _fields_ = _fields("i:key i:ranks q:groups p:start p:rank p:share p:threshold p:cut p:above p:equal")
 
 
 @dataclass(frozen=True)
@@ -613,7 +613,10 @@ def select(
     device: Device,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact top-k. ranks [G, L, R] -> (threshold key uint32, cut int64) [G, L, R]: kept are key > t, or == t and
-    index <= cut."""
+    index <= cut.
+
+    ranks int64: how many to keep; float64: floor(that share of the keys that are not zero), everything from 1 on.
+    """
     threshold, cut = np.zeros(ranks.shape, np.uint32), np.zeros(ranks.shape, np.int64)
     start = _group_starts(tensors, scope)
     want = _Select(
@@ -621,7 +624,7 @@ def select(
         ranks=ranks.shape[2],
         groups=len(start) - 1,
         start=start,
-        rank=np.ascontiguousarray(ranks, np.int64),
+        **{"share" if ranks.dtype == np.float64 else "rank": ranks},
         threshold=threshold,
         cut=cut,
     )
@@ -650,9 +653,7 @@ def sums(
 ) -> dict[str, np.ndarray]:
     """Float64 (or int64) reductions per tensor; `want` names fields of M2rlSums and their shapes after [T]."""
     out = {
-        name: np.zeros(
-            (len(tensors), *shape), np.int64 if name in ("sign", "variance_nonzero", "unique", "shared") else np.float64
-        )
+        name: np.zeros((len(tensors), *shape), np.int64 if name in ("sign", "unique", "shared") else np.float64)
         for name, shape in want.items()
     }
     device.call(
@@ -837,18 +838,10 @@ def _gather_sce(
     """SCE's weights w_k = mean(d_k^2) / sum over the selected elements, and its variance mask."""
     T, K = len(tensors), tensors.count
     if (s.keep < 1).any():
-        if "variance" not in memo:
-            memo["variance"] = sums(
-                tensors, r, s, filters=0, want={"variance_nonzero": ()}, report=report, device=device
-            )["variance_nonzero"]
-        wanted = np.array(
-            [n if p >= 1 else int(p * v) for n, p, v in zip(tensors.numel, s.keep[:, 0], memo["variance"])], np.int64
-        )
-        key: Any = ("variance", wanted.tobytes())
+        share = s.keep[:, :1, None]  # of the variances that are not zero
+        key: Any = ("variance", share.tobytes(), r.compute_dtype)
         if key not in memo:
-            t, c = select(
-                tensors, r, s, wanted.reshape(T, 1, 1), key=1, scope="tensor", filters=0, report=report, device=device
-            )
+            t, c = select(tensors, r, s, share, key=1, scope="tensor", filters=0, report=report, device=device)
             memo[key] = (t.reshape(T), c.reshape(T))
         s.variance = memo[key]
     key = ("square", None if s.variance is None else s.keep.tobytes(), r.compute_dtype)

@@ -140,10 +140,8 @@ def test_selection_survives_a_sample_that_misses():
         assert torch.equal(mask, want), k
 
 
-@pytest.mark.parametrize("sampled_are_large", [True, False])
-def test_selection_survives_a_sample_that_lies(sampled_are_large):
+def against_the_sample(n, sampled_are_large):
     """The sample's positions are fixed by the size: values chosen against it put the answer on either side."""
-    n = 300_000
     m = max(2048, n // 256)
     j = np.arange(m, dtype=np.uint64)
     jitter = (j * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
@@ -152,11 +150,31 @@ def test_selection_survives_a_sample_that_lies(sampled_are_large):
     small, large = torch.rand(n, generator=g) * 0.5, 1 + torch.rand(n, generator=g)
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.from_numpy(sampled)] = True
-    x = torch.where(chosen == sampled_are_large, large, small)
+    return torch.where(chosen == sampled_are_large, large, small), chosen
+
+
+@pytest.mark.parametrize("sampled_are_large", [True, False])
+def test_selection_survives_a_sample_that_lies(sampled_are_large):
+    n = 300_000
+    x, _ = against_the_sample(n, sampled_are_large)
     (mask,) = topk_masks([torch.zeros(n)], [[x]], 0.5)[0]
     want = torch.zeros(n, dtype=torch.bool)
     want[torch.argsort(x, descending=True, stable=True)[: n // 2]] = True
     assert torch.equal(mask, want)
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.5, 0.99])
+@pytest.mark.parametrize("sampled_are_large", [True, False])
+@pytest.mark.parametrize("zeros", ["none", "unseen", "seen"])
+def test_variance_selection_counts_what_the_sample_cannot_know(zeros, sampled_are_large, density):
+    """How many are kept depends on the non-zero variances, which are counted in the pass that selects."""
+    n = 300_000
+    x, chosen = against_the_sample(n, sampled_are_large)
+    x[{"none": x < 0, "unseen": ~chosen & (x * 7919 % 1 < 0.5), "seen": chosen}[zeros]] = 0
+    experts = torch.stack([x, torch.zeros(n)])
+    merged = merge_tensors([torch.zeros(n)], [[e] for e in experts], "sce", density=density, sce_select="deltas")[0]
+    kept = dm.variance_mask_ref(experts, density)
+    assert torch.equal(merged != 0, kept) and int(kept.sum()) == int(density * int((x != 0).sum()))
 
 
 shapes = st.lists(

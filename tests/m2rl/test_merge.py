@@ -1,11 +1,13 @@
 """`python -m m2rl.merge` as a user runs it: on folders of safetensors."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -561,6 +563,30 @@ def test_disk_that_fills_while_writing_leaves_nothing(models, tmp_path, monkeypa
         assert not list(small.iterdir())
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_finished_bytes_are_sent_early_and_a_disk_error_then_is_not_lost(models, tmp_path, monkeypatch):
+    base, experts, *_ = models
+    out, partial, seen = tmp_path / "out", tmp_path / ".out.partial", threading.Event()
+    stream = tool.stream
+
+    def send(handle):  # as the kernel does: the error is told once, and the fsync at the end succeeds
+        seen.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    def slow(*args, **kwargs):
+        summary = stream(*args, **kwargs)
+        assert seen.wait(20) and not out.exists()
+        return summary
+
+    monkeypatch.setattr(tool, "stream", slow)
+    monkeypatch.setattr(os, "fdatasync", send)
+    with pytest.raises(OSError, match="Input/output error"):
+        tool.merge(base, experts, "average", out=out)
+    assert not out.exists() and not partial.exists()  # what the page cache holds must not be resumed from
+    monkeypatch.setattr(tool, "stream", stream)
+    tool.merge(base, experts, "average", out=out, sync=False)  # nothing is sent, nothing can fail
+    assert out.exists()
 
 
 # ---- mergekit's YAML ----
