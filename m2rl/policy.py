@@ -9,6 +9,7 @@ that are scored reach the head, and `linear_logprob` never forms [N, V] logits. 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from m2rl.types import InputError
 
 ATTENTION = "m2rl_packed"
-LENGTH_BUCKET = 8  # tokens; without varlen attention, sequences are padded to a multiple of it and batched by length
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +42,19 @@ class Packed:
     positions: Tensor  # [T] int64, restarting at 0 in each sequence
     cu_seqlens: Tensor  # [S+1] int32
     max_seqlen: int
-    buckets: tuple[tuple[Tensor, int], ...]  # per padded length L, ([B*L] int64 source rows, L)
-    inverse: Tensor  # [T] int64, row of each token among the concatenated buckets
+    runs: tuple[tuple[int, int], ...]  # (sequences, length) of neighbours of equal length, in order; host only
 
     @staticmethod
     def of(sequences: Sequence[Sequence[int]], device: torch.device) -> Packed:
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+        """Without varlen attention neighbours of equal length are one batch: lay sequences in order of length there."""
+        sizes = [len(s) for s in sequences]
+        lengths = torch.tensor(sizes, dtype=torch.int64)
         ends = lengths.cumsum(0)
-        starts = ends - lengths
-        total = int(ends[-1]) if len(sequences) else 0
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
-        positions = torch.arange(total) - starts.repeat_interleave(lengths)
+        positions = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
         cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
-        longest = int(lengths.max()) if len(sequences) else 0
-        buckets, inverse = _length_buckets(starts, lengths, total, device)
-        return Packed(tokens.to(device), positions.to(device), cu.to(device), longest, buckets, inverse)
-
-
-def _length_buckets(
-    starts: Tensor, lengths: Tensor, total: int, device: torch.device
-) -> tuple[tuple[tuple[Tensor, int], ...], Tensor]:
-    padded = (lengths + LENGTH_BUCKET - 1) // LENGTH_BUCKET * LENGTH_BUCKET
-    buckets, inverse, offset = [], torch.empty(total, dtype=torch.int64), 0
-    for size in padded.unique().tolist():
-        inside = (padded == size).nonzero().flatten()
-        column = torch.arange(size)
-        real = column < lengths[inside, None]
-        source = torch.where(real, starts[inside, None] + column, 0)  # padding reads row 0; nothing reads padding
-        inverse[source[real]] = (offset + torch.arange(real.numel()).view_as(real))[real]
-        buckets.append((source.flatten().to(device), size))
-        offset += real.numel()
-    return tuple(buckets), inverse.to(device)
+        runs = tuple((len(list(run)), size) for size, run in itertools.groupby(sizes))
+        return Packed(tokens.to(device), positions.to(device), cu.to(device), max(sizes, default=0), runs)
 
 
 def packed_attention(
@@ -90,13 +72,14 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if q.is_cuda and q.dtype != torch.float32:  # no varlen kernel takes float32 or runs on a CPU
         return _varlen(q, k, v, packed, scaling)[None], None
-    grouped, outputs = q.shape[1] != k.shape[1], []
-    for source, size in packed.buckets:
-        qb, kb, vb = (x[source].view(-1, size, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        # Padding stands at the end, so the causal mask already hides it from every real query.
-        out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, scale=scaling, enable_gqa=grouped)
+    sizes, outputs = [count * length for count, length in packed.runs], []
+    for (count, length), *run in zip(packed.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+        qb, kb, vb = (x.unflatten(0, (count, length)).transpose(1, 2) for x in run)
+        out = F.scaled_dot_product_attention(
+            qb, kb, vb, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[packed.inverse][None], None
+    return torch.cat(outputs)[None], None
 
 
 try:

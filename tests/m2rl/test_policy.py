@@ -98,6 +98,7 @@ def test_packed_layout():
     assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert packed.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert packed.max_seqlen == 3
+    assert Packed.of([[5], [6], [7, 8], [9]], CPU).runs == ((2, 1), (1, 2), (1, 1))
 
 
 def test_a_model_with_nan_weights_is_refused_by_name(tmp_path):
