@@ -117,6 +117,36 @@ class Features:
     head: Tensor
 
 
+class LastLayer(nn.Module):
+    """Mixed into the class of the last decoder layer, which then runs its feed-forward, most of its work, on the scored
+    rows alone: behind the last attention nothing mixes tokens, and no other rows are read."""
+
+    mlp: ScoredRows
+
+    def forward(self, *args: Any, rows_N: Tensor | None = None, **kwargs: Any) -> Any:
+        self.mlp.rows_N = rows_N  # set here, because a layer that is recomputed needs its own pass's
+        return super().forward(*args, **kwargs)
+
+    @staticmethod
+    def of(layer: nn.Module) -> None:
+        mlp = getattr(layer, "mlp", None)
+        if mlp is not None:
+            mlp.__class__ = type(f"Scored{type(mlp).__name__}", (ScoredRows, type(mlp)), {})
+            layer.__class__ = type(f"Last{type(layer).__name__}", (LastLayer, type(layer)), {})
+
+
+class ScoredRows(nn.Module):
+    """Mixed into the class of a feed-forward: the rows `rows_N` of [1, T, H], if they are given; 0 elsewhere."""
+
+    rows_N: Tensor | None = None
+
+    def forward(self, x_1TH: Tensor) -> Tensor:
+        if self.rows_N is None:
+            return super().forward(x_1TH)
+        out_1NH = super().forward(x_1TH.index_select(1, self.rows_N))
+        return out_1NH.new_zeros(x_1TH.shape).index_copy(1, self.rows_N, out_1NH)
+
+
 class Policy(nn.Module):
     """One module for FSDP2 to shard: backbone, gather of scored rows, fused head."""
 
@@ -144,7 +174,7 @@ class Policy(nn.Module):
         a teacher's Features  (KL [N] between this policy and the teacher, in `direction`, None)
         None                  this policy's own Features
         """
-        hidden_NH, head_VH = self.hidden(packed)[rows_N], self.head
+        hidden_NH, head_VH = self.hidden(packed, rows_N), self.head
         if targets_N is None:  # a sharded head is freed when the root's forward ends
             return Features(hidden_NH, head_VH.clone() if isinstance(self, FSDPModule) else head_VH)
         if isinstance(targets_N, Features):
@@ -159,12 +189,17 @@ class Policy(nn.Module):
     def features(self, packed: Packed, rows_N: Tensor) -> Features:
         return self(packed, rows_N, None)
 
-    def hidden(self, packed: Packed) -> Tensor:
-        backbone = self.model.get_decoder()
-        out = backbone(
-            input_ids=packed.tokens[None], position_ids=packed.positions[None], use_cache=False, packed=packed
+    def hidden(self, packed: Packed, rows_N: Tensor | None = None) -> Tensor:
+        """[N, H] behind the backbone's last norm, at `rows_N` or at all T positions."""
+        out = self.model.get_decoder()(
+            input_ids=packed.tokens[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            packed=packed,
+            rows_N=rows_N,
         )
-        return out.last_hidden_state[0]
+        hidden_TH = out.last_hidden_state[0]
+        return hidden_TH if rows_N is None else hidden_TH[rows_N]
 
     @property
     def head(self) -> Tensor:
@@ -212,12 +247,15 @@ def shard(
     if world % replicas:
         raise InputError(f"train.replicas {replicas} does not divide the number of ranks {world}")
     layers = policy.model.get_decoder().layers
+    compile = compile and device.type == "cuda"
+    if not compile:  # compiled, one graph serves all layers, and under checkpointing it may keep no state
+        LastLayer.of(layers[-1])
     if activation_checkpointing:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
         for i, layer in enumerate(layers):
             layers[i] = checkpoint_wrapper(layer)
-    if compile and device.type == "cuda":
+    if compile:
         for layer in layers:
             layer.compile(dynamic=True)
     if world == 1 and compute_dtype == torch.float32:

@@ -141,7 +141,7 @@ def divergences(
     sums = np.zeros((3, len(samples)))
     counts_S = np.zeros(len(samples))
     for scored in scored_bins([sequence_of(s) for s in samples], a.device, tokens_per_bin):
-        h_a, h_b = a.hidden(scored.packed)[scored.rows_N], b.hidden(scored.packed)[scored.rows_N]
+        h_a, h_b = a.hidden(scored.packed, scored.rows_N), b.hidden(scored.packed, scored.rows_N)
         d = (
             linear_logprob(h_a, a.head, scored.targets_N, temperature=temperature)
             - linear_logprob(h_b, b.head, scored.targets_N, temperature=temperature)
