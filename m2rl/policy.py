@@ -27,7 +27,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from m2rl.types import InputError
 
@@ -105,8 +104,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float) -> 
     return cast(Tensor, out)
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionInterface.register(ATTENTION, packed_attention)  # without a mask function of its name, no mask is made
 
 
 @dataclass(frozen=True, slots=True)
