@@ -166,7 +166,7 @@ class Policy(nn.Module):
         with_entropy: bool = True,
         direction: Literal["reverse", "forward"] = "reverse",
     ) -> Any:
-        """What is wanted of the positions rows_N, by what `targets_N` is; one forward for FSDP to hook.
+        """What is wanted of the distinct positions rows_N, by what `targets_N` is; one forward for FSDP to hook.
 
         token ids [N]         (log-probability of each after the tokens up to its row, entropy or None); nats, float32
         a teacher's Features  (KL [N] between this policy and the teacher, in `direction`, None)
@@ -188,7 +188,7 @@ class Policy(nn.Module):
         return self(packed, rows_N, None)
 
     def hidden(self, packed: Packed, rows_N: Tensor | None = None) -> Tensor:
-        """[N, H] behind the backbone's last norm, at `rows_N` or at all T positions."""
+        """[N, H] behind the backbone's last norm, at the distinct positions `rows_N` or at all T."""
         out = self.model.get_decoder()(
             input_ids=packed.tokens[None],
             position_ids=packed.positions[None],
