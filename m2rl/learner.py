@@ -34,8 +34,9 @@ class Bin:
 
 
 def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.device) -> Bin:
-    """Lay the member rows end to end. A bin without members holds one token of weight 0 that counts in no domain, so
-    that every rank runs it."""
+    """Lay the member rows end to end, in order of length. A bin without members holds one token of weight 0 that counts
+    in no domain, so that every rank runs it."""
+    members = sorted(members, key=lambda i: len(rows[i].tokens))
     zero = np.zeros(1, np.float32)
     nothing = TrainRow([0, 0], np.array([False, True]), 0.0, 0.0, -1, zero, zero, zero)
     chosen = [rows[i] for i in members] or [nothing]
@@ -57,7 +58,7 @@ def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.dev
     fields = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in arrays.items()}
     fields["cu_seqlens"] = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)).to(device)
     target = torch.from_numpy(position).to(device)
-    return Bin(packed, target - 1, packed.tokens[target], fields, list(members))
+    return Bin(packed, target - 1, packed.tokens[target], fields, members)
 
 
 def added(parts: Sequence[StepStats]) -> StepStats:

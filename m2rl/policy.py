@@ -9,6 +9,7 @@ that are scored reach the head, and `linear_logprob` never forms [N, V] logits. 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from m2rl.types import InputError
 
 ATTENTION = "m2rl_packed"
-LENGTH_BUCKET = 8  # tokens; without varlen attention, sequences are padded to a multiple of it and batched by length
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +41,19 @@ class Packed:
     positions: Tensor  # [T] int64, restarting at 0 in each sequence
     cu_seqlens: Tensor  # [S+1] int32
     max_seqlen: int
-    buckets: tuple[tuple[Tensor, int], ...]  # per padded length L, ([B*L] int64 source rows, L)
-    inverse: Tensor  # [T] int64, row of each token among the concatenated buckets
+    runs: tuple[tuple[int, int], ...]  # (sequences, length) of neighbours of equal length, in order; host only
 
     @staticmethod
     def of(sequences: Sequence[Sequence[int]], device: torch.device) -> Packed:
-        lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+        """Without varlen attention neighbours of equal length are one batch: lay sequences in order of length there."""
+        sizes = [len(s) for s in sequences]
+        lengths = torch.tensor(sizes, dtype=torch.int64)
         ends = lengths.cumsum(0)
-        starts = ends - lengths
-        total = int(ends[-1]) if len(sequences) else 0
         tokens = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
-        positions = torch.arange(total) - starts.repeat_interleave(lengths)
+        positions = torch.arange(len(tokens)) - (ends - lengths).repeat_interleave(lengths)
         cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
-        longest = int(lengths.max()) if len(sequences) else 0
-        buckets, inverse = _length_buckets(starts, lengths, total, device)
-        return Packed(tokens.to(device), positions.to(device), cu.to(device), longest, buckets, inverse)
-
-
-def _length_buckets(
-    starts: Tensor, lengths: Tensor, total: int, device: torch.device
-) -> tuple[tuple[tuple[Tensor, int], ...], Tensor]:
-    padded = (lengths + LENGTH_BUCKET - 1) // LENGTH_BUCKET * LENGTH_BUCKET
-    buckets, inverse, offset = [], torch.empty(total, dtype=torch.int64), 0
-    for size in padded.unique().tolist():
-        inside = (padded == size).nonzero().flatten()
-        column = torch.arange(size)
-        real = column < lengths[inside, None]
-        source = torch.where(real, starts[inside, None] + column, 0)  # padding reads row 0; nothing reads padding
-        inverse[source[real]] = (offset + torch.arange(real.numel()).view_as(real))[real]
-        buckets.append((source.flatten().to(device), size))
-        offset += real.numel()
-    return tuple(buckets), inverse.to(device)
+        runs = tuple((len(list(run)), size) for size, run in itertools.groupby(sizes))
+        return Packed(tokens.to(device), positions.to(device), cu.to(device), max(sizes, default=0), runs)
 
 
 def packed_attention(
@@ -90,13 +71,14 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     if q.is_cuda and q.dtype != torch.float32:  # no varlen kernel takes float32 or runs on a CPU
         return _varlen(q, k, v, packed, scaling)[None], None
-    grouped, outputs = q.shape[1] != k.shape[1], []
-    for source, size in packed.buckets:
-        qb, kb, vb = (x[source].view(-1, size, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        # Padding stands at the end, so the causal mask already hides it from every real query.
-        out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, scale=scaling, enable_gqa=grouped)
+    sizes, outputs = [count * length for count, length in packed.runs], []
+    for (count, length), *run in zip(packed.runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+        qb, kb, vb = (x.unflatten(0, (count, length)).transpose(1, 2) for x in run)
+        out = F.scaled_dot_product_attention(
+            qb, kb, vb, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[packed.inverse][None], None
+    return torch.cat(outputs)[None], None
 
 
 try:
@@ -122,8 +104,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scaling: float) -> 
     return cast(Tensor, out)
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionInterface.register(ATTENTION, packed_attention)  # without a mask function of its name, no mask is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +113,36 @@ class Features:
 
     hidden: Tensor
     head: Tensor
+
+
+class LastLayer(nn.Module):
+    """Mixed into the class of the last decoder layer, which then runs its feed-forward, most of its work, on the scored
+    rows alone: behind the last attention nothing mixes tokens, and no other rows are read."""
+
+    mlp: ScoredRows
+
+    def forward(self, *args: Any, rows_N: Tensor | None = None, **kwargs: Any) -> Any:
+        self.mlp.rows_N = rows_N  # set here, because a layer that is recomputed needs its own pass's
+        return super().forward(*args, **kwargs)
+
+    @staticmethod
+    def of(layer: nn.Module) -> None:
+        mlp = getattr(layer, "mlp", None)
+        if mlp is not None:
+            mlp.__class__ = type(f"Scored{type(mlp).__name__}", (ScoredRows, type(mlp)), {})
+            layer.__class__ = type(f"Last{type(layer).__name__}", (LastLayer, type(layer)), {})
+
+
+class ScoredRows(nn.Module):
+    """Mixed into the class of a feed-forward: the rows `rows_N` of [1, T, H], if they are given; 0 elsewhere."""
+
+    rows_N: Tensor | None = None
+
+    def forward(self, x_1TH: Tensor) -> Tensor:
+        if self.rows_N is None:
+            return super().forward(x_1TH)
+        out_1NH = super().forward(x_1TH.index_select(1, self.rows_N))
+        return out_1NH.new_zeros(x_1TH.shape).index_copy(1, self.rows_N, out_1NH)
 
 
 class Policy(nn.Module):
@@ -155,13 +166,13 @@ class Policy(nn.Module):
         with_entropy: bool = True,
         direction: Literal["reverse", "forward"] = "reverse",
     ) -> Any:
-        """What is wanted of the positions rows_N, by what `targets_N` is; one forward for FSDP to hook.
+        """What is wanted of the distinct positions rows_N, by what `targets_N` is; one forward for FSDP to hook.
 
         token ids [N]         (log-probability of each after the tokens up to its row, entropy or None); nats, float32
         a teacher's Features  (KL [N] between this policy and the teacher, in `direction`, None)
         None                  this policy's own Features
         """
-        hidden_NH, head_VH = self.hidden(packed)[rows_N], self.head
+        hidden_NH, head_VH = self.hidden(packed, rows_N), self.head
         if targets_N is None:  # a sharded head is freed when the root's forward ends
             return Features(hidden_NH, head_VH.clone() if isinstance(self, FSDPModule) else head_VH)
         if isinstance(targets_N, Features):
@@ -176,12 +187,17 @@ class Policy(nn.Module):
     def features(self, packed: Packed, rows_N: Tensor) -> Features:
         return self(packed, rows_N, None)
 
-    def hidden(self, packed: Packed) -> Tensor:
-        backbone = self.model.get_decoder()
-        out = backbone(
-            input_ids=packed.tokens[None], position_ids=packed.positions[None], use_cache=False, packed=packed
+    def hidden(self, packed: Packed, rows_N: Tensor | None = None) -> Tensor:
+        """[N, H] behind the backbone's last norm, at the distinct positions `rows_N` or at all T."""
+        out = self.model.get_decoder()(
+            input_ids=packed.tokens[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            packed=packed,
+            rows_N=rows_N,
         )
-        return out.last_hidden_state[0]
+        hidden_TH = out.last_hidden_state[0]
+        return hidden_TH if rows_N is None else hidden_TH[rows_N]
 
     @property
     def head(self) -> Tensor:
@@ -229,12 +245,15 @@ def shard(
     if world % replicas:
         raise InputError(f"train.replicas {replicas} does not divide the number of ranks {world}")
     layers = policy.model.get_decoder().layers
+    compile = compile and device.type == "cuda"
+    if not compile:  # compiled, one graph serves all layers, and under checkpointing it may keep no state
+        LastLayer.of(layers[-1])
     if activation_checkpointing:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
         for i, layer in enumerate(layers):
             layers[i] = checkpoint_wrapper(layer)
-    if compile and device.type == "cuda":
+    if compile:
         for layer in layers:
             layer.compile(dynamic=True)
     if world == 1 and compute_dtype == torch.float32:

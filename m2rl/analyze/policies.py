@@ -75,17 +75,19 @@ def scored_bins(
     device: torch.device,
     tokens_per_bin: int = TOKENS_PER_BIN,
 ) -> Iterator[Scored]:
-    """(tokens, mask of scored tokens) in packed bins; the first token of a sequence cannot be scored."""
+    """(tokens, mask of scored tokens) in packed bins, each in order of length; the first token of a sequence cannot be
+    scored."""
     lengths = [len(tokens) for tokens, _ in sequences]
     plan = plan_packing(lengths, max(tokens_per_bin, max(lengths, default=2)), 1)
     for members in plan.bins[0]:
+        members = sorted(members, key=lengths.__getitem__)
         chosen = [sequences[i] for i in members]
         if not chosen:
             continue
         packed = Packed.of([list(tokens) for tokens, _ in chosen], device)
         mask = np.concatenate([np.asarray(m, dtype=bool) for _, m in chosen])
         rows = torch.from_numpy(np.flatnonzero(mask)).to(device)
-        yield Scored(packed, rows - 1, packed.tokens[rows], list(members), [int(np.sum(m)) for _, m in chosen])
+        yield Scored(packed, rows - 1, packed.tokens[rows], members, [int(np.sum(m)) for _, m in chosen])
 
 
 def sequence_of(sample: Sample) -> tuple[list[int], np.ndarray]:
@@ -142,7 +144,7 @@ def divergences(
     sums = np.zeros((3, len(samples)))
     counts_S = np.zeros(len(samples))
     for scored in scored_bins([sequence_of(s) for s in samples], a.device, tokens_per_bin):
-        h_a, h_b = a.hidden(scored.packed)[scored.rows_N], b.hidden(scored.packed)[scored.rows_N]
+        h_a, h_b = a.hidden(scored.packed, scored.rows_N), b.hidden(scored.packed, scored.rows_N)
         d = (
             linear_logprob(h_a, a.head, scored.targets_N, temperature=temperature)
             - linear_logprob(h_b, b.head, scored.targets_N, temperature=temperature)

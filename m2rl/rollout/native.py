@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
 
 from m2rl.policy import full_parameters
 from m2rl.rollout.engine import Finished, Request
@@ -81,8 +80,7 @@ def cached_attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, cached_attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionInterface.register(ATTENTION, cached_attention)  # without a mask function of its name, no mask is made
 
 
 def uniform(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
@@ -98,7 +96,7 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple
     """Draw a token per row by inverse CDF, and its log-probability (nats) where it was drawn from; greedy at T=0."""
     greedy = temperature_B == 0
     logp_BV = torch.log_softmax(logits_BV.float() / torch.where(greedy, 1.0, temperature_B)[:, None], -1)
-    cdf = logp_BV.double().exp_().cumsum_(-1)
+    cdf = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, (uniform_B * cdf[:, -1])[:, None])[:, 0].clamp_max(logits_BV.shape[1] - 1)
     token = torch.where(greedy, logits_BV.argmax(-1), token)
     return token, logp_BV.gather(1, token[:, None])[:, 0]

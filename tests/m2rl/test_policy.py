@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from m2rl.policy import ATTENTION, Packed, Policy, _varlen, load_model, packed_attention
+from m2rl.policy import ATTENTION, Packed, Policy, _varlen, load_model, packed_attention, shard
 from m2rl.types import InputError
 
 CPU = torch.device("cpu")
@@ -74,8 +74,9 @@ def test_the_gpu_branch_of_attention_computes_the_same_and_compiles_to_one_graph
 
     want = Policy(tiny.model(attention=ATTENTION))
     batches = [Packed.of(tiny.sequences(lengths), CPU) for lengths in ((5, 17, 2, 9, 8), (30, 3), (7,) * 6)]
+    scored = [torch.arange(0, len(packed.tokens), 2) for packed in batches]
     with torch.no_grad():
-        expected = [want.hidden(packed) for packed in batches]
+        expected = [want.hidden(packed)[rows] for packed, rows in zip(batches, scored)]
     AttentionInterface.register(ATTENTION, attention)
     try:
         got = Policy(tiny.model(attention=ATTENTION))
@@ -85,11 +86,30 @@ def test_the_gpu_branch_of_attention_computes_the_same_and_compiles_to_one_graph
             layers[i].compile(dynamic=True, backend="aot_eager", fullgraph=True)
         counters.clear()
         with torch.no_grad():
-            for packed, hidden in zip(batches, expected):
-                torch.testing.assert_close(got.hidden(packed), hidden, atol=1e-5, rtol=0)
+            for packed, rows, hidden in zip(batches, scored, expected):
+                torch.testing.assert_close(got.hidden(packed, rows), hidden, atol=1e-5, rtol=0)
         assert counters["stats"]["unique_graphs"] == 1
     finally:
         AttentionInterface.register(ATTENTION, packed_attention)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_the_last_feed_forward_runs_on_scored_rows_only_with_the_same_results_and_gradients(family, checkpointed):
+    want, got = (Policy(tiny.model(family, attention=ATTENTION)) for _ in range(2))
+    seen = []
+    got.model.get_decoder().layers[-1].mlp.down_proj.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
+    shard(got, CPU, torch.float32, activation_checkpointing=checkpointed)
+    packed, rows = Packed.of(tiny.sequences((5, 17, 2, 9, 8)), CPU), torch.tensor([3, 4, 20, 39])
+    hidden, expected = got.hidden(packed, rows), want.hidden(packed)[rows]
+    torch.testing.assert_close(hidden, expected, atol=2e-6, rtol=0)
+    got.hidden(packed, rows[:2])  # a recomputation takes the rows of its own pass
+    hidden.square().sum().backward()
+    expected.square().sum().backward()
+    assert seen == [4, 2, 4] if checkpointed else seen == [4, 2]
+    for p, q in zip(got.parameters(), want.parameters()):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, atol=2e-6 * float(q.grad.abs().max()) + 1e-9, rtol=1e-4)
 
 
 def test_packed_layout():
@@ -98,6 +118,7 @@ def test_packed_layout():
     assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert packed.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert packed.max_seqlen == 3
+    assert Packed.of([[5], [6], [7, 8], [9]], CPU).runs == ((2, 1), (1, 2), (1, 1))
 
 
 def test_a_model_with_nan_weights_is_refused_by_name(tmp_path):
