@@ -115,34 +115,25 @@ class Features:
     head: Tensor
 
 
-class LastLayer(nn.Module):
-    """Mixed into the class of the last decoder layer, which then runs its feed-forward, most of its work, on the scored
-    rows alone: behind the last attention nothing mixes tokens, and no other rows are read."""
+def feed_scored_rows(layer: nn.Module) -> None:
+    """Run the feed-forward of the last decoder layer, most of its work, on the scored rows `rows_N` alone: behind the
+    last attention nothing mixes tokens, and no other rows are read."""
 
-    mlp: ScoredRows
+    def note(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:  # again where a layer is recomputed
+        scored[:] = [kwargs.get("rows_N"), args[0].shape]
 
-    def forward(self, *args: Any, rows_N: Tensor | None = None, **kwargs: Any) -> Any:
-        self.mlp.rows_N = rows_N  # set here, because a layer that is recomputed needs its own pass's
-        return super().forward(*args, **kwargs)
+    def select(mlp: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return args if scored[0] is None else (args[0].index_select(1, scored[0]),)
 
-    @staticmethod
-    def of(layer: nn.Module) -> None:
-        mlp = getattr(layer, "mlp", None)
-        if mlp is not None:
-            mlp.__class__ = type(f"Scored{type(mlp).__name__}", (ScoredRows, type(mlp)), {})
-            layer.__class__ = type(f"Last{type(layer).__name__}", (LastLayer, type(layer)), {})
+    def spread(mlp: nn.Module, args: tuple[Tensor], out_1NH: Tensor) -> Tensor:
+        return out_1NH if scored[0] is None else out_1NH.new_zeros(scored[1]).index_copy(1, scored[0], out_1NH)
 
-
-class ScoredRows(nn.Module):
-    """Mixed into the class of a feed-forward: the rows `rows_N` of [1, T, H], if they are given; 0 elsewhere."""
-
-    rows_N: Tensor | None = None
-
-    def forward(self, x_1TH: Tensor) -> Tensor:
-        if self.rows_N is None:
-            return super().forward(x_1TH)
-        out_1NH = super().forward(x_1TH.index_select(1, self.rows_N))
-        return out_1NH.new_zeros(x_1TH.shape).index_copy(1, self.rows_N, out_1NH)
+    scored: list[Any] = [None, None]  # rows_N and the shape [1, T, H] of this pass
+    mlp = getattr(layer, "mlp", None)
+    if mlp is not None:
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+        mlp.register_forward_pre_hook(select)
+        mlp.register_forward_hook(spread)
 
 
 class Policy(nn.Module):
@@ -247,7 +238,7 @@ def shard(
     layers = policy.model.get_decoder().layers
     compile = compile and device.type == "cuda"
     if not compile:  # compiled, one graph serves all layers, and under checkpointing it may keep no state
-        LastLayer.of(layers[-1])
+        feed_scored_rows(layers[-1])
     if activation_checkpointing:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
