@@ -188,7 +188,9 @@ class Comparison:
         )
 
     def mean(self, model: str, domain: str | None = None) -> Estimate:
-        return self.estimate(lambda at: at(model, domain))
+        """Avg@K; a score lies in [0, 1], and so does its interval."""
+        e = self.estimate(lambda at: at(model, domain))
+        return dataclasses.replace(e, low=max(e.low, 0.0), high=min(e.high, 1.0))
 
     def difference(self, a: str, b: str, domain: str | None = None) -> Estimate:
         return self.estimate(lambda at: at(a, domain) - at(b, domain))

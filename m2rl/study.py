@@ -605,7 +605,7 @@ def run(study: Study, out: Path, argv: Sequence[str], only: Sequence[str] = ()) 
     def progress() -> tuple[int, str]:
         part = spent + sum(r.share * max(r.stage.hours, 1e-4) for r in running)
         share, gone = part / total, time.perf_counter() - begun
-        left = f", about {clock(gone * (1 - share) / share)} left" if share > 0.02 else ""
+        left = f", about {clock(gone * (1 - share) / share)} left" if 0.02 < share < 1 else ""
         return int(100 * share), f"{count - len(todo) - len(running)} of {count} stages, {clock(gone)}{left}"
 
     display.start("study", 100, 0)
