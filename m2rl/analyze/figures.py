@@ -36,7 +36,22 @@ NAMED = {  # name of a series -> colour of the theme
     **{  # merges: shades of one blue
         name: f"o{i % OTHERS}"
         for i, name in enumerate(
-            ("average", "ta", "ties", "dare_ta", "dare_ties", "sce", "ram_plus", "model_stock", "tsv_m", "iso_c")
+            [
+                "average",
+                "ta",
+                "ties",
+                "dare_ta",
+                "dare_ties",
+                "sce",
+                "breadcrumbs",
+                "della",
+                "ram",
+                "ram_plus",
+                "model_stock",
+                "karcher",
+                "tsv_m",
+                "iso_c",
+            ]
         )
     },
     **{"here": "heat", "paper": "base"},
@@ -45,7 +60,8 @@ NAMED = {  # name of a series -> colour of the theme
 LABELS = {  # how a reader knows a name
     **{"sft": "SFT", "distill": "distilled", "ta": "TA", "ties": "TIES", "dare_ta": "TA+DARE"},
     **{"dare_ties": "TIES+DARE", "sce": "SCE", "ram_plus": "RAM+", "model_stock": "Model Stock", "tsv_m": "TSV-M"},
-    **{"iso_c": "Iso-C", "own_teacher_kl": "KL to own expert", "neighbour_transfer": "neighbours", "mixture": "both"},
+    **{"iso_c": "Iso-C", "breadcrumbs": "Breadcrumbs", "della": "DELLA", "ram": "RAM", "karcher": "Karcher"},
+    **{"own_teacher_kl": "KL to own expert", "neighbour_transfer": "neighbours", "mixture": "both"},
 }
 DASHES = ("", "6 3", "2 3")
 
