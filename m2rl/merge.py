@@ -27,7 +27,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,7 @@ class Inputs:
         return self.donor.tensors[name]
 
 
-def open_inputs(
-    base: str | os.PathLike | None,
-    experts: Sequence[str | os.PathLike],
-    *,
-    tensor_filter: Callable[[str], bool] | None = None,
-) -> Inputs:
+def open_inputs(base: str | os.PathLike | None, experts: Sequence[str | os.PathLike]) -> Inputs:
     """Open and check. InputError names the first thing that does not fit."""
     if not experts:
         raise InputError("--experts needs at least one model, got none")
@@ -461,7 +456,7 @@ def early_writeback(outputs: Sequence[Output], sync: bool, interval_s: float = 0
 
 
 def stream(
-    inputs: Inputs, outputs: Sequence[Output], *, threads: int = 0, progress: bool | None = None, device: str = "cpu"
+    inputs: Inputs, outputs: Sequence[Output], *, threads: int = 0, progress: bool | None = None
 ) -> list[dict[str, Any]]:
     """Merge every tensor into every output; one reading of the inputs serves all. Returns one summary per output."""
     place = Device("cpu", threads)
@@ -652,9 +647,7 @@ def _summary(inputs: Inputs, output: Output) -> dict[str, Any]:
 # ---- finishing ----
 
 
-def finish(
-    inputs: Inputs, output: Output, summary: dict[str, Any], *, dtype: str | None, overwrite: bool, sync: bool
-) -> None:
+def finish(inputs: Inputs, output: Output, summary: dict[str, Any], *, dtype: str | None, sync: bool) -> None:
     """Configuration, tokenizer and card beside the weights; then everything to disk, and the rename."""
     donor = inputs.donor.folder
     config = dict(inputs.donor.config)
@@ -895,7 +888,7 @@ def merge_many(
         with small_footprint(inputs), early_writeback(outputs, sync):
             summaries = stream(inputs, outputs, threads=threads, progress=progress)
         for output, summary in zip(outputs, summaries):
-            finish(inputs, output, summary, dtype=dtype, overwrite=overwrite, sync=sync)
+            finish(inputs, output, summary, dtype=dtype, sync=sync)
     except ValueError:  # InputError too
         _discard(outputs)
         raise
