@@ -69,21 +69,6 @@ def verify(response: str, spec: Mapping[str, Any]) -> Verdict:
     return Verdict(share, "wrong", f"{len(failed)} of {len(bound)} not satisfied: {', '.join(failed)}")
 
 
-def instruction_results(response: str, spec: Mapping[str, Any], mode: str | None = None) -> list[bool]:
-    """Whether each constraint holds, in the row's order: the benchmark's instruction level. `mode` overrides the
-    spec's.
-
-    A check that fails on the response, and any constraint on a blank or over-long one, does not hold. Raises
-    ValueError for a bad spec.
-    """
-    bound = _bind(spec)
-    mode = _mode(spec if mode is None else {"mode": mode})
-    if not response.strip() or len(response) > MAX_RESPONSE_CHARS:
-        return [False] * len(bound)
-    texts = _readings(response) if mode == "loose" else (response,)
-    return [any(_holds(constraint, kwargs, text) for text in texts) for constraint, kwargs in bound]
-
-
 def check_spec(spec: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the id and the kwarg, unless every constraint of the row can be checked here."""
     _mode(spec), _grading(spec)
@@ -158,10 +143,3 @@ def _readings(response: str) -> list[str]:
     lines = response.split("\n")
     kept = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return [text for text in dict.fromkeys(kept + [text.replace("*", "") for text in kept]) if text.strip()]
-
-
-def _holds(constraint: Constraint, kwargs: dict[str, Any], text: str) -> bool:
-    try:
-        return constraint.check(text, **kwargs)
-    except Exception:
-        return False

@@ -10,16 +10,15 @@ next (end of turn, the tool messages, the header of the next turn), tokenised by
 that is trained on is, token for token, the context that the next turn was sampled from, and it equals the template's
 own rendering of the whole conversation wherever the model's tokens are the tokenizer's.
 
-`Conversation` is one such stream; `run_episodes` keeps many of them in flight on one engine: poll, append the
-environment's tokens, submit again.
+`Conversation` is one such stream; `m2rl.rollout.collect` keeps many of them in flight on one engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from m2rl.rollout.engine import Engine, Finished, Request, sample_seed
+from m2rl.rollout.engine import Finished, Request, sample_seed
 from m2rl.types import Prompt, Sample, Verdict
 
 
@@ -56,21 +55,18 @@ _TURN = "an-assistant-turn-stood-here"  # plain text that no template rewrites
 _LONGEST_END = 8  # tokens in which an assistant turn's end may overlap what the model wrote
 
 
-def environment_tokens(
-    tokens: Sequence[int], messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, **template_options: Any
-) -> list[int]:
+def environment_tokens(tokens: Sequence[int], messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int]:
     """The token ids [E] that stand between an assistant turn and the next one.
 
     tokens: what precedes, ending with the assistant turn as it was sampled; its end-of-turn token is not repeated when
     the model sampled it. messages: the environment's answers, e.g. {"role": "tool", "name": ..., "content": ...}.
-    template_options: passed on to the chat template (enable_thinking ...). Raises ValueError if the template does not
-    write an assistant turn exactly once.
+    Raises ValueError if the template does not write an assistant turn exactly once.
     """
     turn = _TURN
     while any(turn in message["content"] for message in messages):
         turn += "!"
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": turn}, *map(dict, messages)]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **template_options)
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     if text.count(turn) != 1:
         raise ValueError(f"the chat template must write an assistant turn once, it wrote it {text.count(turn)} times")
     new = tokenizer.encode(text.partition(turn)[2], add_special_tokens=False)
@@ -80,13 +76,6 @@ def environment_tokens(
     return new
 
 
-def append_environment(tokens: list[int], mask: list[bool], logp: list[float], new: Sequence[int]) -> None:
-    """Append the environment's token ids to a response [R] in place: mask False, log-probability 0."""
-    tokens += new
-    mask += [False] * len(new)
-    logp += [0.0] * len(new)
-
-
 class Conversation:
     """One response in the making: its tokens, mask and log-probabilities so far, and what to ask of the engine next."""
 
@@ -94,19 +83,15 @@ class Conversation:
         self,
         prompt: Prompt,
         index: int,
-        environment: Environment | None,
+        environment: Environment,
         tokenizer: Tokenizer,
         *,
         max_new_tokens: int,
         run_seed: int,
         step: int,
-        temperature: float = 1.0,
-        template_options: Mapping[str, Any] | None = None,
+        temperature: float,
     ) -> None:
-        """environment: None for an ordinary prompt, answered in one turn and left unverified.
-
-        max_new_tokens: of the whole response, shared by the model's and the environment's tokens.
-        """
+        """max_new_tokens: of the whole response, shared by the model's and the environment's tokens."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.prompt, self.index, self.environment = prompt, index, environment
@@ -114,8 +99,7 @@ class Conversation:
         self.mask: list[bool] = []
         self.logp: list[float] = []
         self.turns = 0
-        self.done = False
-        self._tokenizer, self._template_options = tokenizer, dict(template_options or {})
+        self._tokenizer = tokenizer
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._run_seed, self._step = run_seed, step
         self._finish: Literal["stop", "length", "abort"] = "stop"
@@ -133,103 +117,43 @@ class Conversation:
         )
 
     def take(self, turn: Finished) -> bool:
-        """Take in one generated turn and let the environment answer; True once nothing more is to be generated."""
-        if self.done:
-            raise ValueError("the conversation is over")
+        """Take in one turn, whole or cut, and let the environment answer; True once nothing more is to be generated."""
         self._weight_version = min(self._weight_version, turn.weight_version) if self.turns else turn.weight_version
         self.turns += 1
         self._finish = turn.finish
         self.tokens += turn.tokens
         self.mask += [True] * len(turn.tokens)
         self.logp += turn.logp
-        self.done = True
-        if self.environment is None or turn.finish != "stop":
+        if turn.finish != "stop":
             return True
         seen = self.environment.step(self._tokenizer.decode(turn.tokens, skip_special_tokens=False))
         if seen.done:
             return True
-        new = environment_tokens(self.tokens, seen.messages or (), self._tokenizer, **self._template_options)
+        new = environment_tokens(self.tokens, seen.messages or (), self._tokenizer)
         if len(self.tokens) + len(new) >= self._max_new_tokens:
             self._finish = "length"  # no room for another turn: nothing after the model's last token is kept
             return True
-        append_environment(self.tokens, self.mask, self.logp, new)
-        self.done = False
+        self.tokens += new
+        self.mask += [False] * len(new)
+        self.logp += [0.0] * len(new)
         return False
 
     def sample(self) -> Sample:
-        """The finished sample, verified by its environment; unverified without one, or when it was aborted."""
-        multi = self.environment is not None
-        sample = Sample(
+        """The finished sample, verified by its environment."""
+        verdict = self.environment.verdict()
+        return Sample(
             prompt=self.prompt,
             index=self.index,
             tokens=self.tokens,
             logp=self.logp,
             finish=self._finish,
             weight_version=self._weight_version,
-            mask=self.mask if multi else None,
-            text=self._tokenizer.decode(self.tokens, skip_special_tokens=not multi),
+            mask=self.mask,
+            text=self._tokenizer.decode(self.tokens, skip_special_tokens=False),
+            reward=verdict.reward,
+            status=verdict.status,
+            detail=verdict.detail,
         )
-        if self.environment is not None and self._finish != "abort":
-            verdict = self.environment.verdict()
-            sample.reward, sample.status, sample.detail = verdict.reward, verdict.status, verdict.detail
-        return sample
 
 
-def run_episodes(
-    engine: Engine,
-    prompts: Iterable[Prompt],
-    start: Callable[[Prompt], Environment | None],
-    tokenizer: Tokenizer,
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    run_seed: int,
-    step: int,
-    temperature: float = 1.0,
-    template_options: Mapping[str, Any] | None = None,
-) -> Iterator[Sample]:
-    """`group_size` samples of every prompt, each as it finishes, all of them in flight at once.
-
-    start: opens the environment of one conversation, or None for a single-turn prompt, so that one call serves a mixed
-    batch. The engine must be idle: every result it polls is taken to be of this call. Closing the iterator early
-    cancels what is in flight.
-    """
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
-    if engine.pending:
-        raise ValueError(f"the engine must be idle, {engine.pending} requests are pending")
-    flying: dict[int, Conversation] = {}
-    for prompt in prompts:
-        for index in range(group_size):
-            flying[len(flying)] = Conversation(
-                prompt,
-                index,
-                start(prompt),
-                tokenizer,
-                max_new_tokens=max_new_tokens,
-                run_seed=run_seed,
-                step=step,
-                temperature=temperature,
-                template_options=template_options,
-            )
-    try:
-        engine.submit([conversation.request(id) for id, conversation in flying.items()])
-        while flying:
-            again: list[Request] = []
-            over: list[Conversation] = []
-            for turn in engine.poll():
-                conversation = flying[turn.id]
-                if conversation.take(turn):
-                    over.append(flying.pop(turn.id))
-                else:
-                    again.append(conversation.request(turn.id))
-            if again:
-                engine.submit(again)  # before anything is handed out: the engine need not wait for the caller
-            for conversation in over:
-                yield conversation.sample()
-    finally:
-        if flying:
-            engine.cancel(list(flying))
-
-
-__all__ = ["Conversation", "Environment", "Tokenizer", "append_environment", "environment_tokens", "run_episodes"]
+__all__ = ["Conversation", "Environment", "Tokenizer", "environment_tokens"]

@@ -73,6 +73,7 @@ def test_binary_reward_is_one_only_if_every_constraint_holds():
 def test_fraction_reward_is_the_share_that_holds():
     spec = {"constraints": [NO_COMMA, LOWER], "grading": "fraction"}
     assert [instruct.verify(text, spec).reward for text in ("a wren", "A wren", "A, wren")] == [1.0, 0.5, 0.0]
+    assert instruct.verify("A wren", spec).detail == "1 of 2 not satisfied: change_case:english_lowercase"
 
 
 def test_blend_form_with_null_padded_kwargs():
@@ -80,12 +81,19 @@ def test_blend_form_with_null_padded_kwargs():
     spec = {
         "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words", "detectable_format:title"],
         "kwargs": [pad, {**pad, "num_words": 3.0, "relation": "at least"}, None],
-        "grading_mode": "binary",
         "prompt": "ignored",
     }
-    instruct.check_spec(spec)
-    assert instruct.instruction_results("<<one two three>>", spec) == [True, True, True]
-    assert instruct.instruction_results("one, two", spec) == [False, False, False]
+    fraction, binary = {**spec, "grading_mode": "fraction"}, {**spec, "grading_mode": "binary"}
+    instruct.check_spec(fraction)
+    for response, failed in (
+        ("<<one two three>>", []),
+        ("one two three", ["detectable_format:title"]),
+        ("one, two", spec["instruction_id_list"]),
+    ):
+        verdict = instruct.verify(response, fraction)
+        assert verdict.reward == pytest.approx(1 - len(failed) / 3)
+        assert verdict.detail.partition(": ")[2] == ", ".join(failed)
+        assert instruct.verify(response, binary).reward == float(not failed)
 
 
 def test_same_rows_in_either_form_agree():
@@ -98,10 +106,9 @@ def test_same_rows_in_either_form_agree():
 @pytest.mark.parametrize("mode", instruct.MODES)
 def test_blank_response_is_unparsed_whatever_the_row(blank, mode):
     for id in CONSTRAINTS:
-        spec = {**row_of(id), "mode": mode}
-        verdict = instruct.verify(blank, spec)
-        assert (verdict.reward, verdict.status) == (0.0, "unparsed"), id
-        assert instruct.instruction_results(blank, spec) == [False], id
+        for grading in instruct.GRADINGS:
+            verdict = instruct.verify(blank, {**row_of(id), "mode": mode, "grading": grading})
+            assert (verdict.reward, verdict.status) == (0.0, "unparsed"), id
 
 
 def test_foo_scores_zero_or_lint_names_the_row():
@@ -139,9 +146,10 @@ def test_foo_scores_zero_or_lint_names_the_row():
 )
 def test_loose_reads_past_an_opening_a_closing_and_asterisks(kwargs, response):
     spec = {"constraints": [kwargs]}
-    assert instruct.instruction_results(response, spec, "strict") == [False]
-    assert instruct.instruction_results(response, spec, "loose") == [True]
-    assert instruct.verify(response, {**spec, "mode": "loose"}).status == "ok"
+    for grading in instruct.GRADINGS:
+        assert instruct.verify(response, {**spec, "mode": "strict", "grading": grading}).reward == 0.0
+        loose = instruct.verify(response, {**spec, "mode": "loose", "grading": grading})
+        assert (loose.reward, loose.status) == (1.0, "ok")
 
 
 def test_loose_readings_may_differ_between_constraints_of_a_row():
@@ -243,17 +251,15 @@ def test_a_check_that_fails_is_an_error_with_its_id(monkeypatch):
     monkeypatch.setitem(CONSTRAINTS, "t:fail", constraints.Constraint("t:fail", fail, {}, None, None))
     verdict = instruct.verify("a wren", {"constraints": [NO_COMMA, {"id": "t:fail"}], "grading": "fraction"})
     assert (verdict.reward, verdict.status, verdict.detail) == (0.0, "error", "t:fail: KeyError: 'x'")
-    assert instruct.instruction_results("a wren", {"constraints": [NO_COMMA, {"id": "t:fail"}]}) == [True, False]
 
 
 def test_over_long_response_is_not_judged():
     longest = "a" * instruct.MAX_RESPONSE_CHARS
     assert instruct.verify(longest, {"constraints": [NO_COMMA]}).status == "ok"
-    assert instruct.instruction_results(longest, {"constraints": [NO_COMMA]}) == [True]
-    assert instruct.instruction_results(longest + "a", {"constraints": [NO_COMMA]}) == [False]
-    verdict = instruct.verify(longest + "a", {"constraints": [NO_COMMA]})
-    assert (verdict.reward, verdict.status) == (0.0, "error")
-    assert "characters" in verdict.detail
+    for grading in instruct.GRADINGS:
+        verdict = instruct.verify(longest + "a", {"constraints": [NO_COMMA], "grading": grading})
+        assert (verdict.reward, verdict.status) == (0.0, "error")
+        assert "characters" in verdict.detail
 
 
 # --- no input crashes or hangs --------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def test_no_response_crashes_a_check_and_loose_accepts_what_strict_does(response
         strict, loose = (instruct.verify(response, {**spec, "mode": mode}) for mode in instruct.MODES)
         assert {strict.status, loose.status} <= {"ok", "wrong", "unparsed"}, (id, strict, loose)
         assert strict.reward <= loose.reward, id
-        assert [strict.reward == 1.0] == instruct.instruction_results(response, spec), id
+        assert instruct.verify(response, {**spec, "grading": "fraction"}) == strict, id  # one constraint: all or none
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,11 +1,16 @@
-"""Conversations: the token stream equals the template's rendering, the mask says who wrote what, many run at once."""
+"""Conversations as `collect` holds them, on the agent's real environment.
 
+The token stream equals the template's rendering, the mask says who wrote what, many run at once.
+"""
+
+import copy
 import dataclasses
+import itertools
 import json
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import office
@@ -18,15 +23,16 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from m2rl.domains.agent import Episode, verify
+from m2rl.domains import agent
+from m2rl.domains.agent import Observation, verify
 from m2rl.domains.pool import VerifierPool
-from m2rl.domains.workplace import load_world
 from m2rl.policy import Policy
+from m2rl.rollout.carry import CarryOver
 from m2rl.rollout.collect import collect
 from m2rl.rollout.engine import Finished, Request
-from m2rl.rollout.multi_turn import Conversation, environment_tokens, run_episodes
+from m2rl.rollout.multi_turn import environment_tokens
 from m2rl.rollout.native import NativeEngine
-from m2rl.types import Prompt, Verdict
+from m2rl.types import Prompt, Sample, Verdict
 
 END = "<|im_end|>"
 
@@ -74,14 +80,14 @@ def ids(tokenizer, text: str) -> list[int]:
 
 
 class ScriptedEngine:
-    """Plays back texts: script[prompt tokens][i] is the i-th turn. Checks what every engine may rely on."""
+    """Plays back what turns_of says a request is answered with, in random order; a held request does not finish."""
 
-    def __init__(self, tokenizer, turns_of, order_seed: int = 0) -> None:
-        self.tokenizer, self.turns_of = tokenizer, turns_of
+    def __init__(self, turns_of: Callable[[Request], list[int]], order_seed: int = 0) -> None:
+        self.turns_of = turns_of
+        self.held: Callable[[Request], bool] = lambda request: False
         self.flying: dict[int, tuple[Request, list[int]]] = {}
         self.requests: list[Request] = []
-        self.cancelled: list[int] = []
-        self.most = 0
+        self.most, self.version = 0, 3
         self.order = random.Random(order_seed)
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -93,69 +99,71 @@ class ScriptedEngine:
         self.most = max(self.most, len(self.flying))
 
     def poll(self) -> list[Finished]:
-        done = self.order.sample(sorted(self.flying), self.order.randint(0, len(self.flying)))
+        ready = [id for id, (request, _) in sorted(self.flying.items()) if not self.held(request)]
         out = []
-        for id in done:
+        for id in self.order.sample(ready, self.order.randint(0, len(ready))):
             request, tokens = self.flying.pop(id)
             cut = tokens[: request.max_new_tokens]
-            out.append(
-                Finished(
-                    id,
-                    cut,
-                    [-0.5 - 0.001 * i for i in range(len(cut))],
-                    "stop" if len(cut) == len(tokens) else "length",
-                    weight_version=3,
-                )
-            )
+            out.append(self.finished(id, cut, "stop" if len(cut) == len(tokens) else "length"))
         return out
 
     def cancel(self, ids: Iterable[int]) -> list[Finished]:
-        self.cancelled = list(ids)
-        for id in self.cancelled:
-            self.flying.pop(id)
-        return []
+        return [self.finished(id, self.flying.pop(id)[1][:2], "abort") for id in list(ids) if id in self.flying]
+
+    def finished(self, id: int, tokens: list[int], finish: Any) -> Finished:
+        return Finished(id, tokens, [-0.5 - 0.001 * i for i in range(len(tokens))], finish, self.version)
 
     @property
     def pending(self) -> int:
         return len(self.flying)
 
 
-@dataclass
-class Seen:
-    messages: list[dict[str, str]] | None
-    done: bool
+@pytest.fixture(scope="module")
+def pool():
+    with VerifierPool(workers=1) as pool:
+        yield pool
 
 
-class Echo:
-    """An environment that answers every turn twice, and is done after `turns`."""
-
-    def __init__(self, turns: int, long: int = 0) -> None:
-        self.left, self.heard, self.long = turns, [], long
-
-    def step(self, text: str) -> Seen:
-        self.heard.append(text)
-        self.left -= 1
-        if not self.left:
-            return Seen(None, True)
-        number = len(self.heard)
-        return Seen(
-            [
-                {"role": "tool", "name": "a", "content": f"tool one, {number} é 日本" + "x" * self.long},
-                {"role": "tool", "name": "b", "content": "[1, 2]"},
-            ],
-            False,
-        )
-
-    def verdict(self) -> Verdict:
-        return Verdict(float(not self.left), "unparsed" if self.left else "ok", f"{len(self.heard)} turns")
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return office.write(tmp_path_factory.mktemp("office"))
 
 
-def make_prompt(tokenizer, key: str, messages: list[dict], **options) -> Prompt:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    return Prompt(id=f"agent/{key}", domain="agent", tokens=tuple(ids(tokenizer, text)), text=text, spec={})
+def call(name: str, **arguments: Any) -> str:
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{body}\n</tool_call>"
 
 
-def by_progress(tokenizer, prompt: Prompt, turns: list[str]):
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"properties": {arg: {"type": "string"}}}}}
+    for name, arg in (("email_delete_email", "email_id"), ("email_search_emails", "query"))
+]
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Delete my mail."}]
+DELETE = call("email_delete_email", email_id="00000001")
+TURNS = [
+    f"<think>\nFirst.\n</think>\n\n{call('é 日本')}\n{DELETE}",
+    f"Again tool toooool {DELETE}",
+    "The answer is 4.",
+]
+ANSWERS = [
+    ["Error: there is no tool named 'é 日本'.", "The email has been deleted."],
+    ["Error: there is no email '00000001'."],
+]
+
+
+def make_prompt(tokenizer, tables: Path, key: str = "1", messages: Sequence[dict] = MESSAGES) -> Prompt:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, tools=TOOLS)
+    truth = [{"name": "email_delete_email", "arguments": {"email_id": "00000001"}}]
+    spec = {"tools": TOOLS, "ground_truth": truth, "tables_dir": str(tables)}
+    return Prompt(f"agent/{key}", "agent", tuple(ids(tokenizer, text)), text, spec)
+
+
+def rollout(engine, pool, tokenizer, prompts: Sequence[Prompt], n: int = 1, **options: Any) -> list[Sample]:
+    options = {"seed": 1, "step": 2, "max_new_tokens": 4000, "temperature": 1.0, **options}
+    return collect(engine, pool, tokenizer, prompts, n, **options)
+
+
+def by_progress(tokenizer, prompt: Prompt, turns: Sequence[str]):
     """The next turn to play back, told from how many assistant headers the request holds."""
     header = ids(tokenizer, "<|im_start|>assistant")
 
@@ -168,75 +176,64 @@ def by_progress(tokenizer, prompt: Prompt, turns: list[str]):
     return pick
 
 
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Look it up to me."}]
-TURNS = [
-    '<think>\nFirst.\n</think>\n\n<tool_call>\n{"name": "a"}\n</tool_call>',
-    "Again tool toooool <tool_call>x",
-    "The answer is 4.",
-]
-
-
 @pytest.mark.parametrize("thinking", [False, True])
-def test_every_context_is_what_the_template_renders(tokenizer, thinking: bool):
-    options = {"thinking": True} if thinking else {}
-    prompt = make_prompt(tokenizer, "1", MESSAGES, **options)
-    engine = ScriptedEngine(tokenizer, by_progress(tokenizer, prompt, TURNS))
-    echo = Echo(3)
-    (sample,) = run_episodes(
-        engine,
-        [prompt],
-        lambda p: echo,
-        tokenizer,
-        group_size=1,
-        max_new_tokens=4000,
-        run_seed=1,
-        step=2,
-        template_options=options,
-    )
+def test_every_context_is_what_the_template_renders(thinking: bool, tokenizer, pool, tables, monkeypatch):
+    if thinking:  # a template that opens the model's thinking itself
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = "{%- set thinking = true %}" + TEMPLATE
+    heard: list[str] = []
+    step = agent.Episode.step
+    monkeypatch.setattr(agent.Episode, "step", lambda self, text: heard.append(text) or step(self, text))
+    prompt = make_prompt(tokenizer, tables)
+    engine = ScriptedEngine(by_progress(tokenizer, prompt, TURNS))
+    (sample,) = rollout(engine, pool, tokenizer, [prompt])
     opening = "<think>\n" if thinking else ""  # written by the template: part of the prompt and the environment
     history = list(MESSAGES)
-    for i, request in enumerate(engine.requests):
-        rendered = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **options)
+    for request, turn, answers in zip(engine.requests, TURNS, [*ANSWERS, []], strict=True):
+        rendered = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, tools=TOOLS)
+        assert rendered.endswith("<|im_start|>assistant\n" + opening)
         assert list(request.tokens) == ids(tokenizer, rendered)
-        history += [{"role": "assistant", "content": opening + TURNS[i]}, *Echo(9).step("").messages]
-        history[-2]["content"] = f"tool one, {i + 1} é 日本"
-    assert len(engine.requests) == 3
-    final = tokenizer.apply_chat_template(history[:-2], tokenize=False, add_generation_prompt=False, **options)
+        history.append({"role": "assistant", "content": opening + turn})
+        history += [{"role": "tool", "content": answer} for answer in answers]
+    final = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=False, tools=TOOLS)
     assert [*prompt.tokens, *sample.tokens] == ids(tokenizer, final.removesuffix("\n"))
-    assert echo.heard == [turn + END for turn in TURNS]
+    assert heard == [turn + END for turn in TURNS]
 
 
-def test_the_mask_marks_exactly_what_the_model_wrote(tokenizer):
-    prompt = make_prompt(tokenizer, "1", MESSAGES)
-    engine = ScriptedEngine(tokenizer, by_progress(tokenizer, prompt, TURNS))
-    (sample,) = run_episodes(
-        engine, [prompt], lambda p: Echo(3), tokenizer, group_size=1, max_new_tokens=4000, run_seed=1, step=2
-    )
+def test_the_mask_marks_exactly_what_the_model_wrote(tokenizer, pool, tables):
+    prompt = make_prompt(tokenizer, tables)
+    engine = ScriptedEngine(by_progress(tokenizer, prompt, TURNS))
+    (sample,) = rollout(engine, pool, tokenizer, [prompt])
     assert len(sample.tokens) == len(sample.mask) == len(sample.logp)
     model = [t for t, m in zip(sample.tokens, sample.mask, strict=True) if m]
     assert model == [t for turn in TURNS for t in ids(tokenizer, turn + END)]
     assert all((lp < 0) == m for lp, m in zip(sample.logp, sample.mask, strict=True))
     environment = tokenizer.decode([t for t, m in zip(sample.tokens, sample.mask, strict=True) if not m])
     assert environment == "".join(
-        f"\n<|im_start|>user\n<tool_response>\ntool one, {i} é 日本\n</tool_response>\n<tool_response>\n[1, 2]\n"
-        "</tool_response><|im_end|>\n<|im_start|>assistant\n"
-        for i in (1, 2)
+        "\n<|im_start|>user"
+        + "".join(f"\n<tool_response>\n{answer}\n</tool_response>" for answer in answers)
+        + "<|im_end|>\n<|im_start|>assistant\n"
+        for answers in ANSWERS
     )
-    assert (sample.reward, sample.status, sample.detail) == (1.0, "ok", "3 turns")
+    assert (sample.reward, sample.status, sample.detail) == (1.0, "ok", "3 turns, 3 calls, 2 failed")
     assert (sample.finish, sample.weight_version) == ("stop", 3)
 
 
-def test_generated_tokens_are_never_tokenised_again(tokenizer):
+def test_generated_tokens_are_never_tokenised_again(tokenizer, pool, tables):
     """A model may spell "tool" letter by letter; the stream keeps its spelling."""
     spelled = [t for letter in "tool" for t in ids(tokenizer, letter)]
     assert spelled != ids(tokenizer, "tool")
-    prompt = make_prompt(tokenizer, "1", MESSAGES)
-    engine = ScriptedEngine(tokenizer, lambda request: [*spelled, *ids(tokenizer, END)])
-    (sample,) = run_episodes(
-        engine, [prompt], lambda p: Echo(2), tokenizer, group_size=1, max_new_tokens=4000, run_seed=1, step=2
-    )
+    prompt = make_prompt(tokenizer, tables)
+
+    def turns_of(request: Request) -> list[int]:
+        first = len(request.tokens) == len(prompt.tokens)
+        return [*spelled, *ids(tokenizer, (DELETE if first else "") + END)]
+
+    engine = ScriptedEngine(turns_of)
+    (sample,) = rollout(engine, pool, tokenizer, [prompt])
     assert sample.tokens[: len(spelled)] == spelled
     assert list(engine.requests[1].tokens[len(prompt.tokens) :][: len(spelled)]) == spelled
+    assert sample.tokens[-len(spelled) - 1 :] == [*spelled, *ids(tokenizer, END)] and len(engine.requests) == 2
 
 
 def test_an_end_of_turn_the_model_did_not_sample_is_the_environments(tokenizer):
@@ -267,227 +264,176 @@ def test_a_template_that_hides_or_repeats_turns_is_refused(template: str, tokeni
         environment_tokens([], [{"role": "tool", "name": "a", "content": "x"}], Odd())
 
 
-def test_the_budget_is_shared_by_model_and_environment(tokenizer):
-    prompt = make_prompt(tokenizer, "1", MESSAGES)
+def test_the_budget_is_shared_by_model_and_environment(tokenizer, pool, tables):
+    prompt = make_prompt(tokenizer, tables)
     turn = ids(tokenizer, TURNS[0] + END)
+    answers = environment_tokens(turn, [{"role": "tool", "content": a} for a in ANSWERS[0]], tokenizer)
 
-    def play(budget: int, long: int = 0):
-        engine = ScriptedEngine(tokenizer, lambda request: turn)
-        (sample,) = run_episodes(
-            engine,
-            [prompt],
-            lambda p: Echo(9, long),
-            tokenizer,
-            group_size=1,
-            max_new_tokens=budget,
-            run_seed=1,
-            step=2,
-        )
+    def play(budget: int, turn: list[int] = turn):
+        engine = ScriptedEngine(lambda request: turn)
+        (sample,) = rollout(engine, pool, tokenizer, [prompt], max_new_tokens=budget)
         assert len(sample.tokens) <= budget
         assert [r.max_new_tokens for r in engine.requests] == [
             budget - (len(r.tokens) - len(prompt.tokens)) for r in engine.requests
         ]
-        return sample, engine
+        return sample, len(engine.requests)
 
-    sample, engine = play(len(turn) + 10)  # no room for the tools' answers: they are not kept
-    assert (sample.tokens, sample.mask, sample.finish, len(engine.requests)) == (turn, [True] * len(turn), "length", 1)
-    assert sample.status == "unparsed"
-    sample, engine = play(len(turn) - 1)  # cut in the first turn: the environment never hears of it
-    assert (sample.tokens, sample.finish, sample.detail) == (turn[:-1], "length", "0 turns")
-    sample, engine = play(3 * len(turn) + 400)
-    assert sample.finish == "length"
+    sample, requests = play(len(turn) + len(answers))  # no room for a turn after the tools' answers: they are not kept
+    assert (sample.tokens, sample.mask, sample.finish, requests) == (turn, [True] * len(turn), "length", 1)
+    assert (sample.status, sample.detail) == ("unparsed", "cut off in turn 2")
+    sample, requests = play(len(turn) + len(answers) + 1)
+    assert (sample.tokens, sample.finish, requests) == ([*turn, *answers, turn[0]], "length", 2)
+    assert sample.mask == [True] * len(turn) + [False] * len(answers) + [True]
+    sample, requests = play(len(turn) - 1)  # cut in the first turn: the environment never hears of it
+    assert (sample.tokens, sample.finish, sample.detail, requests) == (turn[:-1], "length", "cut off in turn 1", 1)
+    sample, requests = play(3 * len(turn) + 400)
+    assert sample.finish == "length" and requests > 2
     assert sample.mask[-1]  # a sample never ends with the environment's tokens
-    sample, _ = play(2000, long=5000)
-    assert (sample.tokens, sample.finish) == (turn, "length")
+    talkative = ids(tokenizer, 5 * call("email_search_emails", query="") + END)
+    sample, requests = play(2000, talkative)
+    assert (sample.tokens, sample.finish, requests) == (talkative, "length", 1)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        play(0)
 
 
-def test_many_episodes_run_at_once_and_none_depends_on_the_order(tokenizer):
-    prompts = [make_prompt(tokenizer, str(i), [*MESSAGES, {"role": "user", "content": f"Case {i}"}]) for i in range(8)]
-    texts = {p.tokens: [f"Step {k} of {i}" for k in range(5)] for i, p in enumerate(prompts)}
+def test_many_conversations_run_at_once_and_none_depends_on_the_order(tokenizer, pool, tables):
+    """Case k calls a tool in its first k turns and answers then; the sixth turn is the last whatever it holds."""
+    cases = range(8)
+    prompts = [
+        make_prompt(tokenizer, tables, str(k), [*MESSAGES, {"role": "user", "content": f"Case {k}"}]) for k in cases
+    ]
+    players = {p.tokens: by_progress(tokenizer, p, [DELETE] * k + ["Done."]) for k, p in zip(cases, prompts)}
 
     def turns_of(request: Request) -> list[int]:
-        for prompt in prompts:
-            if request.tokens[: len(prompt.tokens)] == prompt.tokens:
-                return by_progress(tokenizer, prompt, texts[prompt.tokens])(request)
-        raise AssertionError("a request that starts with no prompt")
+        return next(play for tokens, play in players.items() if request.tokens[: len(tokens)] == tokens)(request)
 
     def run(order_seed: int):
-        engine = ScriptedEngine(tokenizer, turns_of, order_seed)
-        samples = list(
-            run_episodes(
-                engine,
-                prompts,
-                lambda p: Echo(1 + int(p.id[6:]) % 5),
-                tokenizer,
-                group_size=16,
-                max_new_tokens=4000,
-                run_seed=1,
-                step=2,
-            )
-        )
+        engine = ScriptedEngine(turns_of, order_seed)
+        samples = rollout(engine, pool, tokenizer, prompts, 16)
         assert engine.most == 128
         assert engine.pending == 0
-        return {(s.prompt.id, s.index): s for s in samples}, {r.seed for r in engine.requests}, len(engine.requests)
+        return samples, {r.seed for r in engine.requests}, len(engine.requests)
 
     a, seeds, requests = run(0)
     b, seeds_b, _ = run(1)
-    assert len(a) == 128
+    assert [(s.prompt.id, s.index) for s in a] == [(p.id, i) for p in prompts for i in range(16)]
     assert a == b
     assert seeds == seeds_b
-    assert len(seeds) == requests  # every turn of every sample draws for itself
-    assert {len(s.mask) - sum(s.mask) > 0 for s in a.values()} == {True, False}
+    assert len(seeds) == requests == 16 * (1 + 2 + 3 + 4 + 5 + 6 + 6 + 6)  # every turn of every sample draws for itself
+    turns = [sum(m for m, _ in itertools.groupby(s.mask)) for s in a]
+    assert turns == [min(k + 1, 6) for k in cases for _ in range(16)]
+    assert [s.reward for s in a] == [float(k > 0) for k in cases for _ in range(16)]
+    assert all(s.finish == "stop" and s.mask[-1] for s in a)
 
 
-def test_single_turn_prompts_pass_through_unverified(tokenizer):
-    prompts = [make_prompt(tokenizer, "1", MESSAGES), make_prompt(tokenizer, "2", MESSAGES)]
-    engine = ScriptedEngine(tokenizer, lambda request: ids(tokenizer, TURNS[2] + END))
-    samples = list(
-        run_episodes(
-            engine,
-            prompts,
-            lambda p: Echo(1) if p.id == "agent/2" else None,
-            tokenizer,
-            group_size=2,
-            max_new_tokens=100,
-            run_seed=1,
-            step=2,
-        )
-    )
-    plain = [s for s in samples if s.prompt.id == "agent/1"]
-    assert len(samples) == 4
-    assert all(s.mask is None and s.reward != s.reward and s.status is None and s.text == TURNS[2] for s in plain)
-    assert all(s.status == "ok" for s in samples if s.prompt.id == "agent/2")
+def test_an_aborted_conversation_begins_again_in_the_next_step(tokenizer, pool, tables):
+    """Its environment is a new one: the mail that it had deleted is there again. No token of it is kept."""
+    done, slow, late = (make_prompt(tokenizer, tables, k, [{"role": "user", "content": k}]) for k in ("a", "b", "c"))
+    players = {p.tokens: by_progress(tokenizer, p, [DELETE, "Deleted."]) for p in (done, slow, late)}
+    engine = ScriptedEngine(lambda r: next(f for t, f in players.items() if r.tokens[: len(t)] == t)(r))
+
+    def deleted(request: Request) -> bool:
+        return request.tokens[: len(slow.tokens)] == slow.tokens != request.tokens
+
+    def held(request: Request) -> bool:  # both slow ones stay in their second turn; the others wait until they are
+        is_slow = request.tokens[: len(slow.tokens)] == slow.tokens
+        return deleted(request) if is_slow else sum(deleted(r) for r, _ in engine.flying.values()) < 2
+
+    engine.held, carry = held, CarryOver(1)
+    first = rollout(engine, pool, tokenizer, [done, slow], 2, step=0, carry=carry)
+    assert [(s.prompt.id, s.index, s.weight_version) for s in first] == [("agent/a", 0, 3), ("agent/a", 1, 3)]
+    assert carry.places == [(0, 1)] and engine.pending == 0
+    engine.held, engine.version, carry.allowance = lambda request: False, 4, 0
+    begun, seen = len(engine.requests), []
+    second = rollout(engine, pool, tokenizer, [late], 2, step=1, carry=carry, on_sample=seen.append)
+    assert [(s.prompt.id, s.index) for s in second] == [("agent/b", 0), ("agent/b", 1), ("agent/c", 0), ("agent/c", 1)]
+    assert [r.tokens for r in engine.requests[begun:][:2]] == [slow.tokens] * 2
+    assert len({r.seed for r in engine.requests}) == len(engine.requests) == 8 + 8
+    for s in [*first, *second]:
+        assert (s.reward, s.status, s.detail) == (1.0, "ok", "2 turns, 1 calls, 0 failed")
+        assert [t for t, m in zip(s.tokens, s.mask) if m] == ids(tokenizer, DELETE + END + "Deleted." + END)
+    assert [s.weight_version for s in second] == [4] * 4 and len(seen) == 4
 
 
-def test_closing_early_cancels_what_is_in_flight(tokenizer):
-    prompt = make_prompt(tokenizer, "1", MESSAGES)
-    engine = ScriptedEngine(tokenizer, lambda request: ids(tokenizer, END))
-    samples = run_episodes(
-        engine, [prompt], lambda p: Echo(2), tokenizer, group_size=9, max_new_tokens=900, run_seed=1, step=2
-    )
-    next(samples)
-    samples.close()
-    assert engine.cancelled
-    assert engine.pending == 0
-
-
-def test_aborted_samples_are_left_out_and_the_oldest_weights_count(tokenizer):
-    prompt = make_prompt(tokenizer, "1", MESSAGES)
-    talk = Conversation(prompt, 0, Echo(9), tokenizer, max_new_tokens=900, run_seed=1, step=2)
-    turn = ids(tokenizer, TURNS[0] + END)
-    assert not talk.take(Finished(0, turn, [-1.0] * len(turn), "stop", 4))
-    assert talk.take(Finished(0, turn[:2], [-1.0] * 2, "abort", 5))
-    sample = talk.sample()
-    assert (sample.finish, sample.status, sample.weight_version) == ("abort", None, 4)
-    assert sample.reward != sample.reward
-    with pytest.raises(ValueError, match="over"):
-        talk.take(Finished(0, turn, [-1.0] * len(turn), "stop", 4))
-
-
-def test_wrong_arguments_and_a_busy_engine_are_refused(tokenizer):
-    prompt = make_prompt(tokenizer, "1", MESSAGES)
-    engine = ScriptedEngine(tokenizer, lambda request: ids(tokenizer, END))
-    common = {"max_new_tokens": 9, "run_seed": 1, "step": 2}
-    with pytest.raises(ValueError, match="group_size"):
-        next(run_episodes(engine, [prompt], lambda p: None, tokenizer, group_size=0, **common))
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        next(run_episodes(engine, [prompt], lambda p: None, tokenizer, group_size=1, **{**common, "max_new_tokens": 0}))
-    engine.submit([Request(0, prompt.tokens, 1, 9)])
-    with pytest.raises(ValueError, match="idle"):
-        next(run_episodes(engine, [prompt], lambda p: None, tokenizer, group_size=1, **common))
-
-
-# ---- with the real environment, and with the real engine ----
-
-
-def test_office_episodes_end_to_end(tokenizer, tmp_path: Path):
-    world = load_world(office.write(tmp_path))
-    call = {"name": "email_delete_email", "arguments": {"email_id": "00000001"}}
-    tools = [
-        {"type": "function", "name": name, "parameters": {"properties": {}}}
-        for name in ("email_delete_email", "email_search_emails")
-    ]
-    spec = {"tools": tools, "ground_truth": [call], "tables_dir": str(tmp_path)}
-    messages = [{"role": "user", "content": "Delete my mail."}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, tools=tools)
-    prompt = Prompt("agent/7", "agent", tuple(ids(tokenizer, text)), text, spec)
-    look = '<tool_call>{"name": "email_search_emails", "arguments": {}}</tool_call>'
-    turns = ["<think>\nLook.\n</think>\n\n" + look, f"<tool_call>\n{json.dumps(call)}\n</tool_call>", "Deleted."]
-    engine = ScriptedEngine(tokenizer, by_progress(tokenizer, prompt, turns))
-    samples = list(
-        run_episodes(
-            engine,
-            [prompt],
-            lambda p: Episode(p.spec, world),
-            tokenizer,
-            group_size=16,
-            max_new_tokens=4000,
-            run_seed=1,
-            step=2,
-        )
-    )
-    assert [(s.reward, s.status) for s in samples] == [(1.0, "ok")] * 16
-    assert "sender/recipient" in samples[0].text  # the mails it looked at
-    assert text.count("<|im_start|>user") == 1  # the template was applied once
-    assert "<|im_start|>system" not in samples[0].text
-    assert verify(samples[0].text, spec) == Verdict(1.0, "ok", samples[0].detail)  # the text alone tells the same
-
-
-def test_collect_holds_conversations_where_the_domain_is_one(tokenizer, tmp_path: Path):
-    """Agent prompts and ordinary ones in one batch: the environment judges the first, the verifiers the second."""
-    office.write(tmp_path)
-    call = {"name": "email_delete_email", "arguments": {"email_id": "00000001"}}
-    tools = [{"type": "function", "name": "email_delete_email", "parameters": {"properties": {}}}]
-    spec = {"tools": tools, "ground_truth": [call], "tables_dir": str(tmp_path)}
-    agent_prompt = dataclasses.replace(
-        make_prompt(tokenizer, "a", [{"role": "user", "content": "Delete my mail."}], tools=tools),
-        domain="agent",
-        spec=spec,
-    )
-    sums = dataclasses.replace(
-        make_prompt(tokenizer, "m", [{"role": "user", "content": "1+1?"}]), domain="math", spec={"answer": "2"}
-    )
-    turns = by_progress(tokenizer, agent_prompt, [f"<tool_call>\n{json.dumps(call)}\n</tool_call>", "Deleted."])
+def test_a_sample_bears_the_version_of_its_oldest_turn(tokenizer, pool, tables):
+    prompt = make_prompt(tokenizer, tables)
+    play = by_progress(tokenizer, prompt, TURNS)
 
     def turns_of(request: Request) -> list[int]:
-        mine = request.tokens[: len(agent_prompt.tokens)] == agent_prompt.tokens
+        engine.version += 1
+        return play(request)
+
+    engine = ScriptedEngine(turns_of)
+    (sample,) = rollout(engine, pool, tokenizer, [prompt])
+    assert (sample.weight_version, engine.version) == (4, 6)
+
+
+def test_the_text_alone_tells_what_the_conversation_scored(tokenizer, pool, tables):
+    prompt = make_prompt(tokenizer, tables)
+    turns = [f"<think>\nLook.\n</think>\n\n{call('email_search_emails', query='')}", DELETE, "Deleted."]
+    engine = ScriptedEngine(by_progress(tokenizer, prompt, turns))
+    samples = rollout(engine, pool, tokenizer, [prompt], 16)
+    assert [(s.reward, s.status) for s in samples] == [(1.0, "ok")] * 16
+    assert "sender/recipient" in samples[0].text  # the mails it looked at
+    assert prompt.text.count("<|im_start|>user") == 1  # the template was applied once
+    assert "<|im_start|>system" in prompt.text and "<|im_start|>system" not in samples[0].text
+    assert verify(samples[0].text, prompt.spec) == Verdict(1.0, "ok", samples[0].detail)
+
+
+def test_conversations_and_single_turns_share_a_batch(tokenizer, pool, tables):
+    """The environment judges the first, the verifiers the second."""
+    talk = make_prompt(tokenizer, tables)
+    sums = dataclasses.replace(
+        make_prompt(tokenizer, tables, "m", [{"role": "user", "content": "1+1?"}]), domain="math", spec={"answer": "2"}
+    )
+    turns = by_progress(tokenizer, talk, [DELETE, "Deleted."])
+
+    def turns_of(request: Request) -> list[int]:
+        mine = request.tokens[: len(talk.tokens)] == talk.tokens
         return turns(request) if mine else ids(tokenizer, "\\boxed{2}" + END)
 
-    seen = []
-    with VerifierPool(workers=1) as pool:
-        engine = ScriptedEngine(tokenizer, turns_of)
-        samples = collect(
-            engine,
-            pool,
-            tokenizer,
-            [agent_prompt, sums],
-            3,
-            seed=1,
-            step=2,
-            max_new_tokens=4000,
-            temperature=1.0,
-            on_sample=seen.append,
-        )
+    seen: list[Sample] = []
+    engine = ScriptedEngine(turns_of)
+    samples = rollout(engine, pool, tokenizer, [talk, sums], 3, on_sample=seen.append)
     assert [s.prompt.domain for s in samples] == ["agent"] * 3 + ["math"] * 3
     assert [(s.reward, s.status) for s in samples] == [(1.0, "ok")] * 6
     assert len(seen) == 6 and len(engine.requests) == 3 * 2 + 3
-    assert all(not all(s.mask) for s in samples[:3]) and all(s.mask is None for s in samples[3:])
-    assert verify(samples[0].text, spec).reward == 1.0
+    assert all(not all(s.mask) for s in samples[:3])
+    assert all(s.mask is None and s.text == "\\boxed{2}" for s in samples[3:])
 
 
-def test_the_trained_stream_is_the_context_the_engine_sampled_from(tokenizer):
+class Answering:
+    """An environment that answers whatever it hears, `turns` - 1 times: a tiny model writes no tool calls."""
+
+    def __init__(self, turns: int) -> None:
+        self.left = turns
+
+    def step(self, text: str) -> Observation:
+        self.left -= 1
+        if not self.left:
+            return Observation(None, True, "answered")
+        return Observation([{"role": "tool", "name": "a", "content": f"{self.left} é 日本"}], False, "")
+
+    def verdict(self) -> Verdict:
+        return Verdict(float(not self.left), "unparsed" if self.left else "ok")
+
+
+def test_the_trained_stream_is_the_context_the_engine_sampled_from(tokenizer, pool, tables, monkeypatch):
     """One forward pass over the whole stream gives every generated token the log-probability the engine gave it."""
+    monkeypatch.setattr(agent, "episode", lambda spec: Answering(4))
     model = tiny.model("qwen3", vocab=len(tokenizer))
     with torch.no_grad():
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 2  # turns end now and then
     engine = NativeEngine(model.config, torch.device("cpu"), torch.float32, 8, {tokenizer.eos_token_id})
     engine.sync(Policy(model), 5)
-    prompts = [make_prompt(tokenizer, str(i), [{"role": "user", "content": f"Hi {i}"}]) for i in range(3)]
-    samples = list(
-        run_episodes(
-            engine, prompts, lambda p: Echo(4), tokenizer, group_size=6, max_new_tokens=350, run_seed=0, step=0
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Hi {i}"}], tokenize=False, add_generation_prompt=True
         )
-    )
+        for i in range(3)
+    ]
+    prompts = [Prompt(f"agent/{i}", "agent", tuple(ids(tokenizer, t)), t, {}) for i, t in enumerate(texts)]
+    samples = rollout(engine, pool, tokenizer, prompts, 6, seed=0, step=0, max_new_tokens=350)
     assert len(samples) == 18
     assert max(sum(a and not b for a, b in zip(s.mask, s.mask[1:], strict=False)) for s in samples) >= 2  # three turns
     for s in samples:
