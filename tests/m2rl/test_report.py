@@ -160,7 +160,7 @@ def test_a_missing_stage_is_named(study, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(study, copy)
     (copy / "samples" / "ties.jsonl").unlink()
-    with pytest.raises(InputError, match=r"no samples of ties: ties.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"no samples of ties: neither ties.jsonl nor ties/"):
         report.write(copy, MODELS, DOMAINS, SETTINGS)
     (copy / "analysis" / "weights.json").write_text("{")
     with pytest.raises(InputError, match=r"weights.json is not valid JSON"):
