@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import small_study
+from without_torch import run_without_torch
 
 from m2rl import browser, report
 from m2rl.types import InputError
@@ -45,6 +46,12 @@ def text(markup: str) -> str:
 
 def section(page: str, name: str) -> str:
     return re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL).group(1)
+
+
+def test_it_is_written_again_without_torch(study, page):
+    run_without_torch("m2rl.report", str(study))
+    again, dated = (study / "report.html").read_text(), r"<dt>written</dt><dd>[^<]*</dd>"
+    assert re.sub(dated, "", again) == re.sub(dated, "", page)
 
 
 def test_the_table_holds_every_score(page, accuracy, study):
