@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from m2rl.analyze.output import PAPER, Analysis
-from m2rl.analyze.samples import read_folder
 from m2rl.analyze.skills import check_rewards, passes, rewards_of
 from m2rl.analyze.skills import domain_of as benchmark_of
 from m2rl.published import NINE, PUBLISHED
+from m2rl.samples import read_folder
 from m2rl.scores import bootstrap_ci
 from m2rl.types import InputError, Sample
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from m2rl.config import Log
 from m2rl.objectives import GroupStats
+from m2rl.samples import record
 from m2rl.scores import Score, average
 from m2rl.types import STATUSES, InputError, Sample, StepStats
 
@@ -115,20 +116,7 @@ class Recorder:
                 written[s.prompt.domain] += 1
                 self.rollouts_file.write(
                     json.dumps(
-                        {
-                            "step": step,
-                            "domain": s.prompt.domain,
-                            "prompt_id": s.prompt.id,
-                            "sample": s.index,
-                            "prompt": s.prompt.text,
-                            "response": s.text,
-                            "reward": None if math.isnan(s.reward) else s.reward,
-                            "status": s.status,
-                            "detail": s.detail,
-                            "finish": s.finish,
-                            "tokens": len(s.tokens),
-                            "weight_version": s.weight_version,
-                        },
+                        {"step": step, **record(s), "weight_version": s.weight_version},
                         ensure_ascii=False,
                     )
                     + "\n"

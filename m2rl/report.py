@@ -24,6 +24,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -831,17 +832,14 @@ def responses(c: Comparison) -> str:
 
 def made(c: Comparison, settings: Mapping[str, Any], folders: Mapping[int, Path]) -> str:
     """Settings, software, where the files are."""
-    import torch
-
     items = {
         **{str(k): str(v) for k, v in settings.items() if k != "k"},
         "seed" if len(c.seeds) == 1 else "seeds": ", ".join(str(s.seed) for s in c.seeds),
         "samples": f"{_k(c)} per problem at temperature 1",
         "problems": ", ".join(f"{benchmark_title(b)} {len(c.problems[b])}" for b in c.benchmarks),
         "intervals": interval(c),
-        "software": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
+        "software": f"Python {platform.python_version()}, torch {version('torch')}, numpy {np.__version__}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu() or 'no GPU'}",
         "written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         **({"folders": ", ".join(f.name for f in folders.values())} if len(folders) > 1 else {}),
     }
@@ -851,6 +849,17 @@ def made(c: Comparison, settings: Mapping[str, Any], folders: Mapping[int, Path]
         "analysed and wrote this page; the same command continues or repeats it. Beside this file: table.md, samples/, "
         f"analysis/ (JSON and CSV of every number), figures/ (SVG).</p><dl>{listed}</dl>"
     )
+
+
+def gpu() -> str:
+    """The first GPU's name by NVML, "" without one; torch, which knows it too, takes seconds to import."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+    except Exception:  # no NVML, no driver, or no device
+        return ""
 
 
 def markdown(c: Comparison) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from m2rl.benchmarks import Benchmark
+from m2rl.data import read_records
+from m2rl.samples import current, record, sample_of
 from m2rl.types import InputError, Prompt, Sample
 
 
@@ -40,33 +41,21 @@ class SampleLog:
             )
         self.known: dict[tuple[str, int], Sample] = {}
         for path in sorted(folder.glob("samples.*.jsonl")):
-            with path.open(encoding="utf-8", newline="\n") as lines:
-                for line in lines:
-                    self._take(line, path, prompts)
+            for where, row in read_records(path, broken=lambda where, error: None):  # the last line of a killed process
+                self._take(current(row), prompts, where)
 
-    def _take(self, line: str, path: Path, prompts: Mapping[str, Prompt]) -> None:
-        try:
-            row = json.loads(line)
-            prompt = prompts[row["id"]]
-        except (json.JSONDecodeError, KeyError):
-            return  # the last line of a killed process; a problem that is not asked for now
-        if row["prompt"] != self.asked[prompt.id]:
+    def _take(self, row: dict[str, Any], prompts: Mapping[str, Prompt], where: str) -> None:
+        prompt = prompts.get(row.get("prompt_id", ""))
+        if prompt is None:
+            return  # a problem that is not asked for now
+        if row["question"] != self.asked[prompt.id]:
             raise InputError(
-                f"{path}: sample {row['sample']} of {prompt.id!r} answers another prompt, or is judged by another "
+                f"{where}: sample {row['sample']} of {prompt.id!r} answers another prompt, or is judged by another "
                 "answer: name another --out"
             )
-        self.known[prompt.id, row["sample"]] = Sample(
-            prompt,
-            row["sample"],
-            [0] * row["tokens"],
-            [],
-            row["finish"],
-            0,
-            text=row["response"],
-            reward=float("nan") if row["reward"] is None else row["reward"],
-            status=row["status"],
-            detail=row["detail"],
-        )
+        found = sample_of(row, prompt, where)
+        found.tokens = [0] * row["tokens"]
+        self.known[prompt.id, found.index] = found
 
     def open(self) -> None:
         """Start to write; after every rank has read."""
@@ -80,18 +69,7 @@ class SampleLog:
 
     def write(self, s: Sample) -> None:
         """Append one sample, and let go of its tokens: a benchmark's worth of them is gigabytes."""
-        row = {
-            "id": s.prompt.id,
-            "prompt": self.asked[s.prompt.id],
-            "sample": s.index,
-            "domain": s.prompt.domain,
-            "reward": None if math.isnan(s.reward) else s.reward,
-            "status": s.status,
-            "detail": s.detail,
-            "finish": s.finish,
-            "tokens": len(s.tokens),
-            "response": s.text,
-        }
+        row = {**record(s), "question": self.asked[s.prompt.id]}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         s.tokens, s.logp = [0] * len(s.tokens), []

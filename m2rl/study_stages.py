@@ -121,7 +121,7 @@ def validation_config(study: Study) -> Config:
 
 def sample(s: Seed, names: Sequence[str]) -> None:
     """K samples of models on every benchmark; files that are complete stay."""
-    from m2rl.analyze.samples import sample_models
+    from m2rl.analyze.sampling import sample_models
     from m2rl.evaluate import Evaluator
     from m2rl.launch import process_group
 
@@ -135,7 +135,7 @@ def sample(s: Seed, names: Sequence[str]) -> None:
 def compare_policies(s: Seed) -> None:
     """KL between all pairs of the compared policies, what explains accuracy, and nats against gains."""
     from m2rl.analyze import information, policies, skills
-    from m2rl.analyze.samples import read_folder
+    from m2rl.samples import read_folder
 
     samples = read_folder(s.out / "samples", s.compared)
     few = {n: samples[n][:: s.study.analyses.every] for n in s.compared}
@@ -154,7 +154,7 @@ def verify_answers(s: Seed) -> None:
     from transformers import AutoTokenizer
 
     from m2rl.analyze import verification
-    from m2rl.analyze.samples import read_folder
+    from m2rl.samples import read_folder
 
     samples = read_folder(s.out / "samples", s.compared)
     few = {n: mine[:: 2 * s.study.analyses.every] for n, mine in samples.items()}
@@ -185,7 +185,7 @@ def weigh(s: Seed) -> None:
 def count_skills(s: Seed) -> None:
     """Which problems are solved by whom, and what every stage that ran here has cost."""
     from m2rl.analyze import efficiency, skills
-    from m2rl.analyze.samples import read_folder
+    from m2rl.samples import read_folder
 
     samples = read_folder(s.out / "samples", list(s.models), tokens=False)
     rewards = {n: skills.rewards_of(x) for n, x in samples.items()}

@@ -16,6 +16,7 @@ LAYER = {  # a module may import its own layer and those below
     "data": 2,
     "policy": 2,
     "safetensors_io": 2,
+    "samples": 3,
     "checkpoint": 3,
     "rollout": 3,
     "objectives": 3,

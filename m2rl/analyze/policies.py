@@ -37,13 +37,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from m2rl.analyze import figures
 from m2rl.analyze.output import PAPER, Analysis
-from m2rl.analyze.samples import read_folder, sample_models
+from m2rl.analyze.sampling import sample_models
 from m2rl.analyze.skills import rewards_of
 from m2rl.command import named
 from m2rl.config import Config
 from m2rl.evaluate import Evaluator
 from m2rl.objectives import trained_mask
 from m2rl.policy import Packed, Policy, load_model
+from m2rl.samples import find, read_folder
 from m2rl.types import InputError, Sample
 
 ESTIMATORS = ("k1", "k3", "full")
@@ -690,7 +691,8 @@ def gather(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str], di
 
 def sample(args: argparse.Namespace, models: Mapping[str, str], domains: Sequence[str]) -> dict[str, list[Sample]]:
     """The samples a command line asks for: read from --samples where they are, else drawn."""
-    if args.samples and all((Path(args.samples) / f"{m}.jsonl").is_file() for m in models):
+    there = [find(args.samples, m, tokens=True) for m in models] if args.samples else [[]]
+    if all(there):
         return read_folder(args.samples, list(models))
     config = Config()
     rollout = {"engine": args.engine} | ({"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {})

@@ -27,7 +27,7 @@ import numpy as np
 
 from m2rl.analyze import figures
 from m2rl.analyze.output import PAPER, Analysis
-from m2rl.analyze.samples import read_folder
+from m2rl.samples import read_folder
 from m2rl.types import InputError, Sample
 
 Rule = Literal["majority", "any", "all"]
@@ -316,7 +316,7 @@ def plain_flow(f: Flow) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", required=True, help="folder with <model>.jsonl: samples with rewards")
+    parser.add_argument("--samples", required=True, help="folder with <model>.jsonl, or --out of m2rl.evaluate")
     parser.add_argument("--models", nargs="+", required=True, help="names of the models, base and experts included")
     parser.add_argument("--base", required=True)
     parser.add_argument("--experts", nargs="+", required=True, help="single-domain experts")

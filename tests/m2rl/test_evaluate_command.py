@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from commands import environment, torchrun
 
 from m2rl import embedded, published
+from m2rl.analyze.__main__ import main as analyze
 from m2rl.evaluate import main, model_name
+from m2rl.samples import read_folder
 from m2rl.scores import Score
 from m2rl.types import InputError
 
@@ -58,7 +61,7 @@ def samples(folder):
     found = [
         json.loads(line) for path in sorted(folder.glob("samples.*.jsonl")) for line in path.read_text().splitlines()
     ]
-    return {(r["id"], r["sample"]): r["response"] for r in found}
+    return {(r["prompt_id"], r["sample"]): r["response"] for r in found}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,81 @@ def test_a_finished_evaluation_is_only_read_again(done, models):
     assert json.loads((out / "scores.json").read_text())["scores"] == scores
 
 
+SKILLS = ["skills", "--base", "mine", "--models", "mine", "RL_Math", "--experts", "RL_Math"]
+
+
+def as_before(folder):
+    """Lines as they were written until there was one record for all commands."""
+    for path in folder.rglob("samples.*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for r in rows:
+            r["id"], r["prompt"] = r.pop("prompt_id"), r.pop("question")
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_the_samples_of_an_evaluation_can_be_analysed(done, models, tmp_path):
+    out, _ = done
+    assert analyze([*SKILLS, "--samples", str(out), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "skills.json").read_text())
+    assert found["inputs"]["problems"] == {"all": 8, "gpqa_diamond": 3, "ifeval": 2, "math": 3}
+    assert found["inputs"]["samples_per_problem"] == 2
+    read = read_folder(out, ["mine"], tokens=False)["mine"]
+    assert [(s.prompt.domain, s.index) for s in read[:2]] == [("science", 0), ("science", 1)]
+    assert all(s.prompt.text and s.text is not None and s.status for s in read)
+    options = ["--base=mine", "--experts=math=mine", "--samples", str(out)]
+    options += ["--models", f"mine={models}/mine", f"RL_Math={models}/RL_Math"]
+    for analysis in ("policies", "information", "verification"):
+        with pytest.raises(InputError, match=r"mine holds samples of m2rl.evaluate, which keeps no tokens"):
+            analyze([analysis, *options, "--out", str(tmp_path / "none")])
+    with pytest.raises(InputError, match=r"no samples of other: neither other.jsonl nor other/<benchmark>/samples"):
+        analyze([*SKILLS, "--models", "other", "--samples", str(out), "--out", str(tmp_path)])
+
+
+def test_rewards_come_from_the_files_of_the_model_and_benchmark(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "out")
+    path = tmp_path / "out" / "RL_Math" / "math" / "samples.0.jsonl"  # random weights have solved nothing
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(r | {"reward": 1.0 if r["sample"] else 0.0}) + "\n" for r in rows))
+    assert analyze([*SKILLS, "--rule", "any", "--samples", str(tmp_path / "out"), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "skills.json").read_text())
+    assert found["results"]["solved"]["RL_Math"]["math"] == 3
+    pairs = {r["domain"]: r for r in found["tables"]["pairs"]}
+    scores = json.loads((done[0] / "scores.json").read_text())["scores"]
+    assert pairs["math"]["difference"] == pytest.approx(scores["mine"]["math"]["avg_at_k"] - 0.5)
+
+
+def test_lines_of_an_older_evaluation_are_resumed_and_analysed(done, models, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(done[0], old)
+    as_before(old)
+    before = {p: p.read_bytes() for p in old.rglob("samples.*")}
+    assert main([*arguments(models, old), "--models", str(models / "mine"), str(models / "RL_Math")]) == 0
+    assert {p: p.read_bytes() for p in old.rglob("samples.*")} == before
+    results = []
+    for folder in (old, done[0]):
+        assert analyze([*SKILLS, "--samples", str(folder), "--out", str(tmp_path)]) == 0
+        results.append(json.loads((tmp_path / "skills.json").read_text())["tables"])
+    assert results[0] == results[1]
+
+
+def test_the_samples_of_several_ranks_are_one_evaluation_and_an_unfinished_one_is_refused(done, tmp_path):
+    for model in ("mine", "RL_Math"):
+        shutil.copytree(done[0] / model, tmp_path / model)
+    path = tmp_path / "mine" / "ifeval" / "samples.0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.with_name("samples.1.jsonl").write_text(lines[0] + lines[2])
+    path.write_text(lines[3] + lines[1] + '{"torn')
+    want, got = (read_folder(f, ["mine"], tokens=False)["mine"] for f in (done[0], tmp_path))
+    assert [(s.prompt.id, s.index, s.text) for s in got] == [(s.prompt.id, s.index, s.text) for s in want]
+    path.write_text(lines[3] + lines[1][:-9])
+    with pytest.raises(InputError, match=r"ifeval: 1 of 2 problems have fewer than 2 samples; the evaluation is not"):
+        read_folder(tmp_path, ["mine"], tokens=False)
+    for name in ("samples.0.jsonl", "samples.1.jsonl"):
+        path.with_name(name).write_text("")
+    with pytest.raises(InputError, match=r"ifeval: it holds no samples; the evaluation is not finished"):
+        read_folder(tmp_path, ["mine"], tokens=False)
+
+
 def test_more_samples_and_problems_keep_those_that_are_there(models, tmp_path):
     main([*arguments(models, tmp_path), "--benchmarks", "math"])
     before = samples(tmp_path / "mine" / "math")
@@ -151,7 +229,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(models, tmp_path):
         pytest.skip("it finished before it could be killed")
     assert 0 < len(left) < 1200
     with (folder / "samples.0.jsonl").open("a") as torn:
-        torn.write('{"id": "math/to')
+        torn.write('{"domain": "math", "prompt_id": "math/to')
     assert main(command) == 0
     rows = [line for line in (folder / "samples.0.jsonl").read_text().split("\n") if line.endswith("}")]
     assert len(rows) == 1200
@@ -174,8 +252,8 @@ def test_other_settings_do_not_mix_with_the_samples_of_a_folder(done, models, tm
     line = json.loads((out / "mine" / "math" / "samples.0.jsonl").read_text().split("\n")[0])
     odd = tmp_path / "mine" / "math"
     odd.mkdir(parents=True)
-    (odd / "samples.0.jsonl").write_text(json.dumps(line | {"prompt": "0"}) + "\n")
-    with pytest.raises(InputError, match=r"samples.0.jsonl: sample [01] of .math/.* answers another prompt"):
+    (odd / "samples.0.jsonl").write_text(json.dumps(line | {"question": "0"}) + "\n")
+    with pytest.raises(InputError, match=r"samples.0.jsonl:1: sample [01] of .math/.* answers another prompt"):
         main([*arguments(models, tmp_path), "--benchmarks", "math"])
     with pytest.raises(InputError, match=r"other settings \(seed\)"):
         main([*arguments(models, out), "--seed", "7"])

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import small_study
+from without_torch import run_without_torch
 
 from m2rl import browser, report
 from m2rl.types import InputError
@@ -45,6 +46,12 @@ def text(markup: str) -> str:
 
 def section(page: str, name: str) -> str:
     return re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL).group(1)
+
+
+def test_it_is_written_again_without_torch(study, page):
+    run_without_torch("m2rl.report", str(study))
+    again, dated = (study / "report.html").read_text(), r"<dt>written</dt><dd>[^<]*</dd>"
+    assert re.sub(dated, "", again) == re.sub(dated, "", page)
 
 
 def test_the_table_holds_every_score(page, accuracy, study):
@@ -160,7 +167,7 @@ def test_a_missing_stage_is_named(study, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(study, copy)
     (copy / "samples" / "ties.jsonl").unlink()
-    with pytest.raises(InputError, match=r"no samples of ties: ties.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"no samples of ties: neither ties.jsonl nor ties/"):
         report.write(copy, MODELS, DOMAINS, SETTINGS)
     (copy / "analysis" / "weights.json").write_text("{")
     with pytest.raises(InputError, match=r"weights.json is not valid JSON"):

@@ -8,9 +8,9 @@ import tiny
 import torch
 
 from m2rl.analyze import efficiency, information, policies, skills, weights
-from m2rl.analyze.samples import write_samples
 from m2rl.merge import merge
 from m2rl.policy import Policy, load_model
+from m2rl.samples import write_samples
 from m2rl.types import Prompt, Sample
 
 DOMAINS = ("math", "code", "science", "if")

@@ -26,9 +26,10 @@ from m2rl.analyze.policies import (
     token_logprobs,
     transfer_table,
 )
-from m2rl.analyze.samples import read_samples, sample_models, write_samples
+from m2rl.analyze.sampling import sample_models
 from m2rl.evaluate import Evaluator
 from m2rl.policy import Policy, load_model
+from m2rl.samples import read_samples, write_samples
 from m2rl.types import InputError, Prompt, Sample
 
 V = 7
@@ -392,6 +393,9 @@ def test_samples_survive_the_file_and_bad_lines_name_their_place(tmp_path):
     assert read_samples(tmp_path / "b.jsonl", tokens=False)[0].reward == 1.0
     with pytest.raises(InputError, match=r"b.jsonl:1: key prompt_tokens is missing"):
         read_samples(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"domain": "math", "prompt_id": "math/0", "reward": "1"}\n')
+    with pytest.raises(InputError, match=r"b.jsonl:1: reward must be a number or null, got '1'"):
+        read_samples(tmp_path / "b.jsonl", tokens=False)
     (tmp_path / "c.jsonl").write_text("")
     with pytest.raises(InputError, match="holds no samples"):
         read_samples(tmp_path / "c.jsonl")

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from without_torch import run_without_torch
 
 from m2rl.analyze import skills
 from m2rl.analyze.__main__ import main
-from m2rl.analyze.samples import write_samples
 from m2rl.analyze.skills import (
     analyze,
     flips,
@@ -21,6 +21,7 @@ from m2rl.analyze.skills import (
     passes,
     rewards_of,
 )
+from m2rl.samples import write_samples
 from m2rl.types import InputError, Prompt, Sample
 
 
@@ -163,7 +164,8 @@ def test_the_command_writes_json_csv_and_svg(tmp_path):
     assert (flows["inherited"], flows["novel"], flows["forgotten"]) == (2, 1, 1)
     assert (tmp_path / "o" / "skills-pairs.csv").read_text().startswith("a,b,domain,difference")
     assert (tmp_path / "o" / "skills-flows.svg").read_text().startswith("<svg")
-    with pytest.raises(InputError, match=r"no samples of absent: absent.jsonl does not exist"):
+    run_without_torch("m2rl.analyze.__main__", *arguments, "--models", "mixed", "--out", str(tmp_path / "o"))
+    with pytest.raises(InputError, match=r"no samples of absent: neither absent.jsonl nor"):
         main([*arguments, "--models", "absent", "--out", str(tmp_path / "o")])
 
 
