@@ -145,9 +145,11 @@ def filter_calls(program, pid_offsets):
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
-def limit(limits, config):
+def limit(limits, config, parent):
     os.setsid()
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the signal was asked for
+        os._exit(1)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     cpu_s = max(1, int(limits["cpu_s"] + 0.999))
     for which, value in (
@@ -166,14 +168,14 @@ def limit(limits, config):
         filter_calls(config["filter"], config["pid_offsets"])
 
 
-def run_program(limits, config):
+def run_program(limits, config, parent):
     """In the child: fds 0 stdin, 1 stdout, 2 null, 3 report, 4 job. Never returns."""
     status = 1
     try:
         os.chdir(config["scratch"] or "/")
         with open(4, "rb") as file:
             job = json.loads(file.read())
-        limit(limits, config)
+        limit(limits, config, parent)
         sys.set_int_max_str_digits(0)
         for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
             setattr(sys, name, open(fd, mode, 1 << 16, encoding="utf-8", errors="surrogateescape", closefd=False))  # noqa: SIM115
@@ -289,6 +291,7 @@ def preload(module):
 
 def run(limits, config, fds, control):
     """Start the child and wait for its end, or end it: at a deadline, when it only waits, or when told to."""
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
@@ -299,7 +302,7 @@ def run(limits, config, fds, control):
             for wanted, fd in enumerate(high):
                 os.dup2(fd, wanted, inheritable=True)
             os.closerange(5, 256)
-            run_program(limits, config)
+            run_program(limits, config, parent)
         finally:
             os._exit(1)
     for fd in fds:

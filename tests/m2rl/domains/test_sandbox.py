@@ -190,6 +190,26 @@ def test_nothing_survives_the_owner_killed_in_the_middle_of_a_program(box):
         assert folders - set(glob.glob(f"{tempfile.gettempdir()}/m2rl-*"))  # its scratch folder went as well
 
 
+def test_a_program_whose_warm_process_died_before_it_was_limited_does_not_start():
+    source = """
+import os, time
+from m2rl.domains.sandbox_child import limit
+seen, say = os.pipe()
+if os.fork() == 0:
+    warm = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == warm:
+            time.sleep(0.01)
+        limit({"cpu_s": 5}, {"memory_bytes": 1 << 30, "file_bytes": 1 << 20, "filter": b""}, warm)
+        os.write(say, b"started")
+    os._exit(0)
+os.close(say)
+print(os.read(seen, 9))
+"""
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "b''\n", run
+
+
 def wait_gone(pids, timeout_s=20):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
