@@ -11,8 +11,10 @@
 #include <cmath>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -96,10 +98,11 @@ bool ranked(const M2rlRule* rule) { return rule != nullptr && (rule->filter & M2
 class Prepared {
  public:
   Prepared(const M2rlTensors& in, const M2rlRule* rule, const MergeBlocks& ops)
-      : in_(in), rule_(rule), ops_(ops), storage_(static_cast<size_t>(in.experts + 2) * (kBlock + 16)) {
-    for (int64_t k = 0; k < in.experts; ++k) d.push_back(storage_.data() + (k + 2) * (kBlock + 16));
-    b = storage_.data();
-    v = storage_.data() + (kBlock + 16);
+      : in_(in), rule_(rule), ops_(ops), storage_(static_cast<size_t>(in.experts + 4) * kRow),
+        nonfinite_(static_cast<size_t>(in.experts + 1)), nonzero_(static_cast<size_t>(in.experts)), checksum_(static_cast<size_t>(in.experts + 2)) {
+    b = storage_.data() + (kLine - reinterpret_cast<uintptr_t>(storage_.data()) % kLine) % kLine / sizeof(float);
+    v = b + kRow, stored = v + kRow;
+    for (int64_t k = 0; k < in.experts; ++k) d.push_back(stored + (k + 1) * kRow);
   }
 
   // DELLA: decide a chunk's mask row by row, before its blocks are visited.
@@ -137,20 +140,17 @@ class Prepared {
     const int64_t K = in_.experts;
     const int round = rule_ == nullptr ? static_cast<int>(M2RL_F32) : rule_->round;
     const bool has_base = in_.base != nullptr && in_.base[t] != nullptr;
-    auto count = [&](int64_t who, int64_t bad) {
-      if (report != nullptr && report->nonfinite != nullptr) add(report->nonfinite + t * (K + 1) + who, bad);
-    };
     if (has_base) {
       const char* from = static_cast<const char*>(in_.base[t]) + i * item_size(in_.base_dtype[t]);
-      count(0, ops_.load(from, in_.base_dtype[t], n, b));
-      checksum(report, t, 0, from, in_.base_dtype[t], i, n);
+      nonfinite_[0] += ops_.load(from, in_.base_dtype[t], n, b);
+      checksum(report, 0, from, in_.base_dtype[t], i, n);
     }
     for (int64_t k = 0; k < K; ++k) {
       const int64_t e = t * K + k;
       const char* from = static_cast<const char*>(in_.expert[e]) + i * item_size(in_.expert_dtype[e]);
-      count(k + 1, has_base ? ops_.load_delta(from, in_.expert_dtype[e], n, b, round, d[k]) : ops_.load(from, in_.expert_dtype[e], n, d[k]));
-      checksum(report, t, k + 1, from, in_.expert_dtype[e], i, n);
-      if (report != nullptr && report->nonzero != nullptr && has_base) add(report->nonzero + e, ops_.count_nonzero(d[k], n));
+      nonfinite_[static_cast<size_t>(k + 1)] += has_base ? ops_.load_delta(from, in_.expert_dtype[e], n, b, round, d[k], &nonzero_[static_cast<size_t>(k)])
+                                                         : ops_.load(from, in_.expert_dtype[e], n, d[k]);
+      checksum(report, k + 1, from, in_.expert_dtype[e], i, n);
       if (abs_before != nullptr) ops_.sum_abs(d[k], n, abs_before + k * kLanes);
       if (filter & M2RL_RANDOM) {
         if (rule_->spread != nullptr) {
@@ -173,15 +173,29 @@ class Prepared {
     }
   }
 
-  void checksum(const M2rlReport* report, int64_t t, int64_t who, const void* from, int32_t dtype, int64_t i, int64_t n) const {
+  void checksum(const M2rlReport* report, int64_t who, const void* from, int32_t dtype, int64_t i, int64_t n) {
     if (report == nullptr || report->checksum == nullptr) return;
     const int64_t size = item_size(dtype);  // blocks start at multiples of 1024 elements, hence of 8 bytes
-    uint64_t part = ops_.checksum(from, n * size, static_cast<uint64_t>(i * size / 8));
-    __atomic_fetch_add(report->checksum + t * (in_.experts + 2) + who, part, __ATOMIC_RELAXED);
+    checksum_[static_cast<size_t>(who)] += ops_.checksum(from, n * size, static_cast<uint64_t>(i * size / 8));
+  }
+
+  // What was counted since the last call, all of tensor t, goes to the report (or nowhere).
+  void flush(int64_t t, const M2rlReport* report) {
+    const int64_t K = in_.experts;
+    auto move = [](int64_t* to, std::vector<int64_t>& from) {
+      for (size_t k = 0; k < from.size(); ++k) add(to == nullptr ? nullptr : to + k, std::exchange(from[k], 0));
+    };
+    move(report == nullptr || report->nonfinite == nullptr ? nullptr : report->nonfinite + t * (K + 1), nonfinite_);
+    move(report == nullptr || report->nonzero == nullptr ? nullptr : report->nonzero + t * K, nonzero_);
+    for (size_t who = 0; who < checksum_.size(); ++who) {
+      const uint64_t part = std::exchange(checksum_[who], 0);
+      if (part != 0) __atomic_fetch_add(report->checksum + t * (K + 2) + static_cast<int64_t>(who), part, __ATOMIC_RELAXED);
+    }
   }
 
   float* b;                // the base
-  float* v;                // scratch: variance over experts
+  float* v;                // scratch: variance over experts, or what they are merged to
+  float* stored;           // scratch: the same after rounding to storage
   std::vector<float*> d;   // the deltas (the experts themselves where there is no base)
 
  private:
@@ -197,12 +211,18 @@ class Prepared {
     range(head, n - head, threshold == 0xffffffffu ? threshold : threshold + 1);
   }
 
+  // Rows start on cache lines, an odd number of them apart: full-width loads touch one line, and rows do not collide.
+  static constexpr size_t kLine = 64;
+  static constexpr int64_t kRow = kBlock + kLine / sizeof(float);
+
   const M2rlTensors& in_;
   const M2rlRule* rule_;
   const MergeBlocks& ops_;
   std::vector<float> storage_;
   std::vector<float> mask_;
   std::vector<uint64_t> order_;
+  std::vector<int64_t> nonfinite_, nonzero_;  // counted since flush(): base and experts; deltas
+  std::vector<uint64_t> checksum_;            // base, experts, output
   int64_t mask_begin_ = 0, mask_size_ = 0;
 };
 
@@ -270,6 +290,8 @@ class Selector {
 
  private:
   static constexpr int64_t kWhole = 4096;  // up to here every key is stored and no sample is needed
+  static constexpr int64_t kCluster = 32, kMostDraws = 65536;  // elements per draw of the sample, and draws at most
+  static constexpr int64_t kAhead = 16;                        // draws between asking for memory and reading it
 
   void answer(int64_t slot, uint32_t threshold, int64_t cut, int64_t above, int64_t equal) const {
     want_.threshold[slot] = threshold, want_.cut[slot] = cut;
@@ -285,67 +307,88 @@ class Selector {
     return true;
   }
 
-  // Bracket each rank by 4 standard deviations of a stratified sample.
+  // Bracket each rank by 4 standard deviations of a stratified sample of clusters: neighbours share a cache line and a page, which
+  // is what a draw costs. How alike neighbours are is measured, by the spread of the clusters' counts.
   void guess(std::vector<Search>& searches) const {
-    const int64_t m = std::min<int64_t>(int64_t{1} << 20, std::max<int64_t>(2048, total_ / 256));
+    const int64_t draws = std::min<int64_t>(kMostDraws, std::max<int64_t>(64, total_ / (128 * kCluster)));
     std::vector<std::vector<uint32_t>> keys(static_cast<size_t>(lists_));
-    for (auto& list : keys) list.reserve(static_cast<size_t>(m));
-    std::vector<float> d(static_cast<size_t>(in_.experts));
-    std::vector<const float*> pointers;
-    for (auto& x : d) pointers.push_back(&x);
-    int64_t t = first_;
-    for (int64_t j = 0; j < m; ++j) {
-      // position j of m strata, jittered inside its stratum by a fixed hash
-      uint64_t jitter = (static_cast<uint64_t>(j) * 0x9E3779B97F4A7C15ull) >> 40;
-      int64_t lo = static_cast<int64_t>(static_cast<double>(total_) * (static_cast<double>(j) / static_cast<double>(m)));
-      int64_t width = std::max<int64_t>(1, total_ / m);
-      int64_t at = std::min(total_ - 1, lo + static_cast<int64_t>(jitter % static_cast<uint64_t>(width)));
-      while (at >= base_[static_cast<size_t>(t - first_ + 1)]) ++t;
-      while (at < base_[static_cast<size_t>(t - first_)]) --t;
-      sample(t, at - base_[static_cast<size_t>(t - first_)], d);
-      if (want_.key == 0) {
-        for (int64_t l = 0; l < lists_; ++l) keys[static_cast<size_t>(l)].push_back(magnitude_key(d[static_cast<size_t>(l)]));
-      } else {
-        float v;
-        ops_.variance(&v, pointers.data(), static_cast<int>(in_.experts), 1);
-        keys[0].push_back(magnitude_key(v));
+    std::vector<int> sizes;
+    Prepared block(in_, rule_, ops_);
+    Place ahead{first_, 0}, place{first_, 0};
+    for (int64_t j = 0; j < draws + kAhead; ++j) {  // every draw is a cache miss: ask for it early
+      if (j < draws) {
+        ahead = stratum(j, draws, ahead);
+        prefetch(ahead);
+      }
+      if (j < kAhead) continue;
+      place = stratum(j - kAhead, draws, place);
+      sizes.push_back(static_cast<int>(std::min<int64_t>(kCluster, in_.numel[place.tensor] - place.index)));
+      block.load(place.tensor, place.index, sizes.back(), ranked(rule_) ? filter_ & ~M2RL_RANDOM : filter_, nullptr);
+      for (int64_t l = 0; l < lists_; ++l) {
+        const float* x = keys_of(block, l, sizes.back());
+        for (int i = 0; i < sizes.back(); ++i) keys[static_cast<size_t>(l)].push_back(magnitude_key(x[i]));
       }
     }
+    const int64_t m = static_cast<int64_t>(keys[0].size()), heavy = std::max<int64_t>(8, m / 256);
     for (auto& s : searches) {
-      auto& list = keys[static_cast<size_t>(s.list)];
-      const bool counted = s.share > 0.0;  // then the draws that matter are the sample's non-zero keys
-      const double share = counted ? s.share : static_cast<double>(s.rank) / static_cast<double>(total_);
-      const double size = static_cast<double>(counted ? m - std::count(list.begin(), list.end(), 0u) : m);
-      const double centre = share * size, slack = 4.0 * std::sqrt(size * share * (1.0 - share)) + 3.0;
-      const int64_t from = static_cast<int64_t>(std::floor(centre - slack)), upto = static_cast<int64_t>(std::ceil(centre + slack));
-      auto pick = [&](int64_t rank) {
-        std::nth_element(list.begin(), list.begin() + rank, list.end(), std::greater<uint32_t>());
-        return list[static_cast<size_t>(rank)];
+      const auto& list = keys[static_cast<size_t>(s.list)];
+      auto order = list;
+      auto pick = [&](int64_t rank, int64_t begin, int64_t end) {  // of the keys at those ranks
+        std::nth_element(order.begin() + begin, order.begin() + rank, order.begin() + end, std::greater<uint32_t>());
+        return order[static_cast<size_t>(rank)];
       };
-      s.hi = from < 0 ? 0x7fffffffu : pick(from);
-      s.lo = upto >= m ? 0 : pick(upto);
+      const bool counted = s.share > 0.0;  // then the draws that matter are the sample's non-zero keys
+      const int64_t size = counted ? m - std::count(list.begin(), list.end(), 0u) : m;
+      const double centre = static_cast<double>(size) * (counted ? s.share : static_cast<double>(s.rank) / static_cast<double>(total_));
+      const int64_t middle = std::min(m - 1, static_cast<int64_t>(centre));
+      const double slack = 4.0 * spread(list, sizes, pick(middle, 0, m), counted, size) + 3.0;
+      const int64_t from = static_cast<int64_t>(std::floor(centre - slack)), upto = static_cast<int64_t>(std::ceil(centre + slack));
+      s.hi = from < 0 ? 0x7fffffffu : pick(from, 0, middle);
+      s.lo = upto >= m ? 0 : pick(upto, middle + 1, m);
       s.store = s.lo != s.hi;  // one heavy value: counting is enough
       if (!s.store) continue;
-      const int64_t heavy = std::max<int64_t>(8, m / 256);
       if (std::count(list.begin(), list.end(), s.hi) > heavy) s.top.on = true, s.top.key = s.hi--;
       if (std::count(list.begin(), list.end(), s.lo) > heavy) s.bottom.on = true, s.bottom.key = s.lo++;
     }
   }
 
-  // One element of every expert. Random masks matter little for a guess: a dropped element counts as zero.
-  void sample(int64_t t, int64_t i, std::vector<float>& d) const {
-    const int64_t K = in_.experts;
-    const float b = load_one(in_.base[t], in_.base_dtype[t], i);
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t e = t * K + k;
-      float x = round_to(load_one(in_.expert[e], in_.expert_dtype[e], i) - b, rule_ == nullptr ? static_cast<int32_t>(M2RL_F32) : rule_->round);
-      if ((filter_ & M2RL_RANDOM) && rule_->spread == nullptr && rule_->keep[e] < 1.0) {
-        uint64_t bar = static_cast<uint64_t>(std::llrint(rule_->keep[e] * 4294967296.0));
-        if (!keep_element(static_cast<uint64_t>(in_.offset[t] + i), rule_->expert_id[k], rule_->random_key[t], bar)) x = 0.0f;
-      }
-      if (filter_ & M2RL_SCALE) x = round_to(x * rule_->scale[e], rule_->round);
-      d[static_cast<size_t>(k)] = x;
+  // Standard deviation of how many of the sample's keys lie above `key` (or reach it: the larger of the two), cluster by cluster.
+  static double spread(const std::vector<uint32_t>& list, const std::vector<int>& sizes, uint32_t key, bool counted, int64_t size) {
+    int64_t over = 0, upto = 0;
+    for (uint32_t x : list) over += x > key, upto += x >= key;
+    const double p = static_cast<double>(over) / static_cast<double>(std::max<int64_t>(1, size));
+    const double q = static_cast<double>(upto) / static_cast<double>(std::max<int64_t>(1, size));
+    double above = 0.0, reached = 0.0;
+    const uint32_t* x = list.data();
+    for (int n : sizes) {
+      int o = 0, u = 0, w = 0;
+      for (int i = 0; i < n; ++i) o += x[i] > key, u += x[i] >= key, w += x[i] != 0;
+      if (!counted) w = n;
+      above += (o - p * w) * (o - p * w), reached += (u - q * w) * (u - q * w);
+      x += n;
     }
+    return std::sqrt(std::max(above, reached));
+  }
+
+  struct Place {
+    int64_t tensor, index;
+  };
+
+  // Cluster j of `draws`, jittered inside its stratum by a fixed hash; `near` is a place not far from it.
+  Place stratum(int64_t j, int64_t draws, const Place& near) const {
+    const uint64_t jitter = (static_cast<uint64_t>(j) * 0x9E3779B97F4A7C15ull) >> 40;
+    const int64_t width = std::max<int64_t>(1, total_ / draws);
+    const int64_t at = std::min(total_ - 1, j * width + static_cast<int64_t>(jitter % static_cast<uint64_t>(width)));
+    int64_t t = near.tensor;
+    while (at >= base_[static_cast<size_t>(t - first_ + 1)]) ++t;
+    while (at < base_[static_cast<size_t>(t - first_)]) --t;
+    return {t, (at - base_[static_cast<size_t>(t - first_)]) / kCluster * kCluster};
+  }
+
+  void prefetch(const Place& p) const {
+    __builtin_prefetch(static_cast<const char*>(in_.base[p.tensor]) + p.index * item_size(in_.base_dtype[p.tensor]));
+    for (int64_t e = p.tensor * in_.experts; e < (p.tensor + 1) * in_.experts; ++e)
+      __builtin_prefetch(static_cast<const char*>(in_.expert[e]) + p.index * item_size(in_.expert_dtype[e]));
   }
 
   const float* keys_of(Prepared& block, int64_t list, int n) const {
@@ -372,6 +415,7 @@ class Selector {
         block.load(chunk.tensor, i, n, filter_, report);
         fn(block, c, thread, i, n);
       }
+      block.flush(chunk.tensor, report);
     });
   }
 
@@ -549,6 +593,9 @@ double sum_lanes(const double* lanes) {
   return total;
 }
 
+// A group of more elements is never one thread's task: what it stores should stay small.
+constexpr int64_t kLargeGroup = int64_t{1} << 24;
+
 int64_t block_multiple(int64_t chunk) { return std::max<int64_t>(kBlock, (chunk + kBlock - 1) / kBlock * kBlock); }
 
 }  // namespace
@@ -558,17 +605,19 @@ int32_t m2rl_merge_isa_limit(int32_t limit) { return g_isa = best_isa(limit); }
 int32_t m2rl_merge_select(const M2rlTensors* in, const M2rlRule* rule, const M2rlSelect* want, const M2rlReport* report, int64_t chunk,
                           int32_t threads) {
   chunk = block_multiple(chunk);
-  // Small groups are one task each; large ones get the whole team.
-  std::vector<int64_t> small, large;
-  for (int64_t g = 0; g < want->groups; ++g) {
-    int64_t total = 0;
-    for (int64_t t = want->start[g]; t < want->start[g + 1]; ++t) total += in->numel[t];
-    (total <= 2 * chunk ? small : large).push_back(g);
-  }
-  parallel_for(static_cast<int64_t>(small.size()), threads, [&](int64_t i, int) {
-    Selector(*in, rule, *want, report, chunk).group(small[static_cast<size_t>(i)], 1);
+  // The whole team works on a group that is a large part of the work; the others are one thread's task each, largest first.
+  std::vector<int64_t> order(static_cast<size_t>(want->groups)), size(static_cast<size_t>(want->groups), 0);
+  std::iota(order.begin(), order.end(), 0);
+  for (int64_t g : order)
+    for (int64_t t = want->start[g]; t < want->start[g + 1]; ++t) size[static_cast<size_t>(g)] += in->numel[t];
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return size[static_cast<size_t>(a)] > size[static_cast<size_t>(b)]; });
+  const int64_t all = std::accumulate(size.begin(), size.end(), int64_t{0});
+  const int64_t large = std::max<int64_t>(2 * chunk, std::min<int64_t>(all / (4 * std::max(1, threads)), kLargeGroup));
+  const auto first_small = std::partition_point(order.begin(), order.end(), [&](int64_t g) { return size[static_cast<size_t>(g)] > large; });
+  for (auto g = order.begin(); g != first_small; ++g) Selector(*in, rule, *want, report, chunk).group(*g, threads);
+  parallel_for(order.end() - first_small, threads, [&](int64_t i, int) {
+    Selector(*in, rule, *want, report, chunk).group(first_small[i], 1);
   });
-  for (int64_t g : large) Selector(*in, rule, *want, report, chunk).group(g, threads);
   return 0;
 }
 
@@ -616,6 +665,7 @@ int32_t m2rl_merge_sums(const M2rlTensors* in, const M2rlRule* rule, const M2rlS
       if (want->unique != nullptr)
         ops.ram(s, block.d.data(), static_cast<int>(K), n, rule->epsilon, rule->scale + t * K, rule->weight + t * K, unique.data(), shared.data());
     }
+    block.flush(t, report);
     for (size_t w = 0; w < width; ++w) partial[static_cast<size_t>(c) * width + w] = sum_lanes(lane.data() + w * kLanes);
     if (want->sign != nullptr) add(want->sign + t, sign);
     for (int64_t k = 0; want->unique != nullptr && k < K; ++k) {
@@ -647,25 +697,25 @@ int32_t m2rl_merge_apply(const M2rlTensors* in, const M2rlRule* rule, const M2rl
   std::atomic<int32_t> failure{0};
   struct Room {
     std::unique_ptr<Prepared> block;
-    std::vector<float> num, den, sign;
     std::vector<char> bytes;
     std::vector<int64_t> unique, shared;
   };
   std::vector<Room> rooms(static_cast<size_t>(std::max(1, threads)));
   for (auto& room : rooms) {
     room.block = std::make_unique<Prepared>(*in, rule, ops);
-    room.num.resize(kBlock), room.den.resize(kBlock), room.sign.resize(kBlock);
     room.unique.resize(static_cast<size_t>(K)), room.shared.resize(static_cast<size_t>(K));
   }
   parallel_for(static_cast<int64_t>(chunks.size()), threads, [&](int64_t c, int thread) {
     if (failure.load(std::memory_order_relaxed) != 0) return;
     const Chunk& part = chunks[static_cast<size_t>(c)];
     const int64_t t = part.tensor;
-    const int round = rule->round;
-    const float* weight = rule->weight + t * K;
+    const bool elect = rule->combine == M2RL_ELECT;
+    const Combine combine{static_cast<int>(K), rule->zero_sign[t], rule->round, rule->normalize != 0, rule->combine != M2RL_LINEAR,
+                          rule->weight + t * K, rule->elect + t * K, rule->divisor[t], elect ? rule->den_floor : 0.0f,
+                          elect ? rule->den_substitute : 1.0f, rule->lambda[t]};
     Room& room = rooms[static_cast<size_t>(thread)];
     Prepared& block = *room.block;
-    float *num = room.num.data(), *den = room.den.data(), *sign = room.sign.data();
+    float *v = block.v, *stored = block.stored;
     const int64_t size = item_size(out->dtype[t]);
     const bool to_memory = out->address != nullptr;
     if (!to_memory) room.bytes.resize(static_cast<size_t>((part.end - part.begin) * size));
@@ -675,32 +725,23 @@ int32_t m2rl_merge_apply(const M2rlTensors* in, const M2rlRule* rule, const M2rl
     for (int64_t i = part.begin; i < part.end; i += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, part.end - i));
       block.load(t, i, n, rule->filter, report);
-      std::fill(num, num + n, 0.0f);
       if (rule->combine == M2RL_ELECT) {
-        std::fill(sign, sign + n, 0.0f);
-        std::fill(den, den + n, 0.0f);
-        for (int64_t k = 0; k < K; ++k) ops.accumulate(sign, block.d[k], n, rule->elect[t * K + k], round);
-        ops.sign(sign, n, rule->zero_sign[t]);
-        for (int64_t k = 0; k < K; ++k) ops.agree(num, den, block.d[k], sign, n, weight[k], round);
-        if (rule->normalize) ops.divide(num, den, n, rule->den_floor, rule->den_substitute, round);
+        ops.combine_elect(v, block.d.data(), block.b, n, combine);
       } else if (rule->combine == M2RL_RAM) {
-        ops.ram(num, block.d.data(), static_cast<int>(K), n, rule->epsilon, rule->scale + t * K, weight, room.unique.data(), room.shared.data());
+        ops.ram(v, block.d.data(), static_cast<int>(K), n, rule->epsilon, rule->scale + t * K, combine.weight, room.unique.data(), room.shared.data());
+        ops.finish(v, v, block.b, n, rule->lambda[t], rule->round);
       } else {
-        for (int64_t k = 0; k < K; ++k) ops.accumulate(num, block.d[k], n, weight[k], round);
-        if (rule->normalize) {
-          std::fill(den, den + n, rule->divisor[t]);
-          ops.divide(num, den, n, 0.0f, 1.0f, round);
-        }
+        ops.combine_sum(v, block.d.data(), block.b, n, combine);
       }
-      if (rule->combine != M2RL_LINEAR) ops.finish(num, num, block.b, n, rule->lambda[t], round);
       char* here = target + (i - part.begin) * size;
-      overflow += ops.store(num, n, out->dtype[t], here);
-      if (report != nullptr && report->checksum != nullptr) block.checksum(report, t, K + 1, here, out->dtype[t], i, n);
+      overflow += ops.store(v, n, out->dtype[t], here);
+      block.checksum(report, K + 1, here, out->dtype[t], i, n);
       if (report != nullptr && report->changed != nullptr && in->base != nullptr && in->base[t] != nullptr) {
-        ops.load(here, out->dtype[t], n, den);
-        changed += ops.count_different(den, block.b, n);
+        ops.load(here, out->dtype[t], n, stored);
+        changed += ops.count_different(stored, block.b, n);
       }
     }
+    block.flush(t, report);
     if (report != nullptr && report->overflow != nullptr) add(report->overflow + t, overflow);
     if (report != nullptr && report->changed != nullptr) add(report->changed + t, changed);
     if (!to_memory) {

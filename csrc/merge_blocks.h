@@ -9,12 +9,25 @@ namespace m2rl {
 constexpr int kBlock = 1024;
 constexpr int kLanes = 16;  // partial sums are kept in 16 lanes whatever the vector width, then added in lane order
 
+// How K task vectors of one tensor become one.
+//   sum     num = sum_k round(w_k * d_k), den = divisor
+//   elect   s = sign(sum_k round(e_k * d_k)), `zero_sign` (+1, -1 or 0) where that is 0; num and den add round(w_k * d_k) and w_k of
+//           those d_k != 0 whose sign is s
+// normalize: num = round(round(num) / round(den)), with den_substitute where |den| < den_floor or den = 0
+// add_base:  v = round(b + round(lambda * round(num))), otherwise v = num
+struct Combine {
+  int experts, zero_sign, round;
+  bool normalize, add_base;
+  const float *weight, *elect;  // w, e [K]
+  float divisor, den_floor, den_substitute, lambda;
+};
+
 // `round` names the type every intermediate is rounded to: M2RL_F32 (no rounding), M2RL_BF16, M2RL_F16.
 struct MergeBlocks {
   // dst = float32(src); returns how many are NaN or infinite
   int64_t (*load)(const void* src, int dtype, int n, float* dst);
-  // d = round(float32(src) - b); returns how many of src are NaN or infinite
-  int64_t (*load_delta)(const void* src, int dtype, int n, const float* b, int round, float* d);
+  // d = round(float32(src) - b); returns how many of src are NaN or infinite, adds to `nonzero` how many of d are not 0
+  int64_t (*load_delta)(const void* src, int dtype, int n, const float* b, int round, float* d, int64_t* nonzero);
   // dst = dtype(v), round to nearest even; returns how many results are NaN or infinite
   int64_t (*store)(const float* v, int n, int dtype, void* dst);
 
@@ -33,12 +46,9 @@ struct MergeBlocks {
 
   // s += w * d, with round(w * d) and no rounding of s
   void (*accumulate)(float* s, const float* d, int n, float w, int round);
-  // +1 where s > 0, -1 where s < 0, `zero` (+1, -1 or 0) where s == 0, in place
-  void (*sign)(float* s, int n, int zero);
-  // num += w * d and den += w where d != 0 and sign(d) == s
-  void (*agree)(float* num, float* den, const float* d, const float* s, int n, float w, int round);
-  // num = num / den where |den| >= floor else num / substitute
-  void (*divide)(float* num, const float* den, int n, float floor, float substitute, int round);
+  // v = what `c` makes of the K rows of d and of b; rows have room for n rounded up to kLanes
+  void (*combine_sum)(float* v, const float* const* d, const float* b, int n, const Combine& c);
+  void (*combine_elect)(float* v, const float* const* d, const float* b, int n, const Combine& c);
   // v = round(b + round(lambda * num))
   void (*finish)(float* v, const float* num, const float* b, int n, float lambda, int round);
   // variance over experts: v = mean_k (d_k - mean_k d_k)^2

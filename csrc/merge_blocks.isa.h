@@ -1,6 +1,7 @@
 // Compiled once per instruction set (see CMakeLists.txt). Plain loops that the compiler vectorises, except bracket().
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(M2RL_ISA_avx2) || defined(M2RL_ISA_avx512)
 #include <immintrin.h>
 #endif
@@ -56,47 +57,56 @@ inline auto with_dtype(int dtype, F&& f) {
   }
 }
 
+// How many words are NaN or infinite: rarely any, so first whether there is one.
 template <typename S>
 inline int64_t count_nonfinite(const void* src, int n) {
+  using Word = typename S::Word;
+  Word largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const Word m = load_word<Word>(src, i) & static_cast<Word>(S::kMagnitude);
+    largest = largest > m ? largest : m;
+  }
+  if (largest < S::kInf) return 0;
   int64_t count = 0;
-  for (int i = 0; i < n; ++i) count += (load_word<typename S::Word>(src, i) & S::kMagnitude) >= S::kInf;
+  for (int i = 0; i < n; ++i) count += (load_word<Word>(src, i) & S::kMagnitude) >= S::kInf;
   return count;
 }
 
-// The next block of the same stream: the hardware prefetcher loses its way among K + 1 streams.
-inline void prefetch_next(const void* src, int64_t bytes) {
-  for (int64_t at = bytes; at < 2 * bytes; at += 64) __builtin_prefetch(static_cast<const char*>(src) + at);
+// body(i) for all i in order. Meanwhile the next n elements of the same stream come nearer, a line at a time: the hardware
+// prefetcher loses its way among K + 1 streams.
+template <typename Word, typename F>
+inline void streamed(const void* src, int n, F&& body) {
+  constexpr int kLine = 64 / sizeof(Word);
+  const char* ahead = static_cast<const char*>(src) + static_cast<int64_t>(n) * sizeof(Word);
+  int i = 0;
+  for (; i + kLine <= n; i += kLine, ahead += 64) {
+    __builtin_prefetch(ahead);
+    for (int j = i; j < i + kLine; ++j) body(j);
+  }
+  for (; i < n; ++i) body(i);
 }
 
 int64_t load(const void* src, int dtype, int n, float* __restrict dst) {
   return with_dtype(dtype, [=](auto s) -> int64_t {
     using S = decltype(s);
-    uint32_t largest = 0;
-    prefetch_next(src, static_cast<int64_t>(n) * sizeof(typename S::Word));
-    for (int i = 0; i < n; ++i) {
-      typename S::Word w = load_word<typename S::Word>(src, i);
-      uint32_t m = w & S::kMagnitude;
-      largest = largest > m ? largest : m;
-      dst[i] = S::to_float(w);
-    }
-    return largest >= S::kInf ? count_nonfinite<S>(src, n) : 0;
+    streamed<typename S::Word>(src, n, [=](int i) { dst[i] = S::to_float(load_word<typename S::Word>(src, i)); });
+    return count_nonfinite<S>(src, n);
   });
 }
 
-int64_t load_delta(const void* src, int dtype, int n, const float* __restrict b, int round, float* __restrict d) {
+int64_t load_delta(const void* src, int dtype, int n, const float* __restrict b, int round, float* __restrict d, int64_t* nonzero) {
   return with_dtype(dtype, [=](auto s) -> int64_t {
     using S = decltype(s);
     return with_dtype(round, [=](auto r) -> int64_t {
       using R = decltype(r);
-      uint32_t largest = 0;
-      prefetch_next(src, static_cast<int64_t>(n) * sizeof(typename S::Word));
-      for (int i = 0; i < n; ++i) {
-        typename S::Word w = load_word<typename S::Word>(src, i);
-        uint32_t m = w & S::kMagnitude;
-        largest = largest > m ? largest : m;
-        d[i] = rounded<R>(S::to_float(w) - b[i]);
-      }
-      return largest >= S::kInf ? count_nonfinite<S>(src, n) : 0;
+      uint32_t moved = 0;
+      streamed<typename S::Word>(src, n, [&](int i) {
+        const float delta = rounded<R>(S::to_float(load_word<typename S::Word>(src, i)) - b[i]);
+        moved += delta != 0.0f;
+        d[i] = delta;
+      });
+      *nonzero += moved;
+      return count_nonfinite<S>(src, n);
     });
   });
 }
@@ -105,16 +115,10 @@ int64_t store(const float* __restrict v, int n, int dtype, void* dst) {
   return with_dtype(dtype, [=](auto s) -> int64_t {
     using S = decltype(s);
     using Word = typename S::Word;
-    uint32_t largest = 0;
     Word words[kBlock];
-    for (int i = 0; i < n; ++i) {
-      Word w = S::from_float(v[i]);
-      uint32_t m = w & S::kMagnitude;
-      largest = largest > m ? largest : m;
-      words[i] = w;
-    }
+    for (int i = 0; i < n; ++i) words[i] = S::from_float(v[i]);
     std::memcpy(dst, words, static_cast<size_t>(n) * sizeof(Word));
-    return largest >= S::kInf ? count_nonfinite<S>(words, n) : 0;
+    return count_nonfinite<S>(words, n);
   });
 }
 
@@ -309,32 +313,6 @@ void accumulate(float* __restrict s, const float* __restrict d, int n, float w, 
   });
 }
 
-void sign(float* __restrict s, int n, int zero) {
-  const float z = static_cast<float>(zero);
-  for (int i = 0; i < n; ++i) s[i] = s[i] > 0.0f ? 1.0f : (s[i] < 0.0f ? -1.0f : z);
-}
-
-void agree(float* __restrict num, float* __restrict den, const float* __restrict d, const float* __restrict s, int n, float w,
-           int round) {
-  with_dtype(round, [=](auto r) {
-    for (int i = 0; i < n; ++i) {
-      bool same = d[i] * s[i] > 0.0f;  // s is +1, -1 or 0: the product is exact
-      num[i] += same ? rounded<decltype(r)>(w * d[i]) : 0.0f;
-      den[i] += same ? w : 0.0f;
-    }
-  });
-}
-
-void divide(float* __restrict num, const float* __restrict den, int n, float floor, float substitute, int round) {
-  with_dtype(round, [=](auto r) {
-    using R = decltype(r);
-    for (int i = 0; i < n; ++i) {
-      float total = rounded<R>(den[i]), size = total < 0.0f ? -total : total;
-      num[i] = rounded<R>(rounded<R>(num[i]) / (size >= floor && size > 0.0f ? total : substitute));
-    }
-  });
-}
-
 void finish(float* __restrict v, const float* __restrict num, const float* __restrict b, int n, float lambda, int round) {
   with_dtype(round, [=](auto r) {
     using R = decltype(r);
@@ -342,9 +320,63 @@ void finish(float* __restrict v, const float* __restrict num, const float* __res
   });
 }
 
-// Sixteen floats, whatever the registers' width. Written out, because the compiler's own version of the loop over experts tests
+// Sixteen floats, whatever the registers' width. Written out, because the compiler's own version of a loop over experts tests
 // at run time whether the rows overlap, and takes the scalar branch.
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+
+inline Lanes load_lanes(const float* x) {
+  Lanes v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+template <typename R>
+inline Lanes rounded(Lanes x) {
+  if (std::is_same<R, Bf16>::value) return bits_as<Lanes>(bf16_word<Words>(x) << 16);
+  if (std::is_same<R, F16>::value) return f16_float<Lanes>(f16_word<Words>(x));
+  return x;
+}
+
+template <typename R>
+inline void conclude(float* v, Lanes num, Lanes den, const float* b, const Combine& c) {
+  if (c.normalize) {
+    const Lanes total = rounded<R>(den), size = total < 0.0f ? -total : total, substitute = c.den_substitute - Lanes{};
+    num = rounded<R>(rounded<R>(num) / ((size >= c.den_floor) & (size > 0.0f) ? total : substitute));
+  }
+  if (c.add_base) num = rounded<R>(load_lanes(b) + rounded<R>(c.lambda * rounded<R>(num)));
+  std::memcpy(v, &num, sizeof num);
+}
+
+void combine_sum(float* __restrict v, const float* const* d, const float* __restrict b, int n, const Combine& c) {
+  with_dtype(c.round, [=, &c](auto r) {
+    using R = decltype(r);
+    for (int i = 0; i < n; i += kLanes) {
+      Lanes num = {};
+      for (int k = 0; k < c.experts; ++k) num += rounded<R>(c.weight[k] * load_lanes(d[k] + i));
+      conclude<R>(v + i, num, c.divisor - Lanes{}, b + i, c);
+    }
+  });
+}
+
+void combine_elect(float* __restrict v, const float* const* d, const float* __restrict b, int n, const Combine& c) {
+  with_dtype(c.round, [=, &c](auto r) {
+    using R = decltype(r);
+    const Lanes none = {}, one = 1.0f - none, zero = static_cast<float>(c.zero_sign) - none;
+    for (int i = 0; i < n; i += kLanes) {
+      Lanes s = {}, num = {}, den = {};
+      for (int k = 0; k < c.experts; ++k) s += rounded<R>(c.elect[k] * load_lanes(d[k] + i));
+      s = s > 0.0f ? one : (s < 0.0f ? -one : zero);
+      for (int k = 0; k < c.experts; ++k) {
+        const Lanes x = load_lanes(d[k] + i);
+        const auto same = x * s > 0.0f;  // s is +1, -1 or 0: the product is exact
+        num += same ? rounded<R>(c.weight[k] * x) : none;
+        den += same ? c.weight[k] - none : none;
+      }
+      conclude<R>(v + i, num, den, b + i, c);
+    }
+  });
+}
 
 void variance(float* __restrict v, const float* const* d, int experts, int n) {
   const float share = static_cast<float>(experts), inverse = 1.0f / share;
@@ -464,7 +496,7 @@ uint64_t checksum(const void* bytes, int64_t size, uint64_t first) {
 #define M2RL_TABLE(isa) M2RL_JOIN(merge_blocks_, isa)
 extern const MergeBlocks M2RL_TABLE(M2RL_ISA);
 const MergeBlocks M2RL_TABLE(M2RL_ISA) = {
-    load,   load_delta, store,  bracket,  keep_above, keep_where, keep_random, keep_factors,  scale,    accumulate, sign,
-    agree,  divide,     finish, variance, ram,        sum_abs,    sum_product, count_nonzero, count_different, sum_sign, checksum};
+    load,   load_delta, store,  bracket,  keep_above, keep_where, keep_random, keep_factors, scale, accumulate,
+    combine_sum, combine_elect, finish, variance, ram, sum_abs, sum_product, count_nonzero, count_different, sum_sign, checksum};
 
 }  // namespace m2rl

@@ -36,31 +36,47 @@ static M2RL_HD bool kept_by_magnitude(uint32_t key, int64_t index, uint32_t thre
   return key > threshold || (key == threshold && index <= cut);
 }
 
+// The same bits as another type of the same size.
+template <typename To, typename From>
+static M2RL_HD To bits_as(const From& from) {
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Storage conversions, written for one float F with its word U, and for vectors of them.
+
 static M2RL_HD float from_bf16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 
-// Round to nearest even. NaN stays NaN.
-static M2RL_HD uint16_t to_bf16(float x) {
-  uint32_t u = float_bits(x);
-  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  uint32_t nan = (u >> 16) | 0x40u;
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+// Round to nearest even. NaN stays NaN. The result sits in the low half of the word.
+template <typename U, typename F>
+static M2RL_HD U bf16_word(const F& x) {
+  const U u = bits_as<U>(x);
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = (u >> 16) | 0x40u;
+  return (u & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
 }
+static M2RL_HD uint16_t to_bf16(float x) { return static_cast<uint16_t>(bf16_word<uint32_t>(x)); }
 
-static M2RL_HD float from_f16(uint16_t h) {
-  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  float scaled = bits_float(magnitude << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
-  uint32_t special = 0x7f800000u | (magnitude << 13);
-  return bits_float(sign | (magnitude >= 0x7c00u ? special : float_bits(scaled)));
+template <typename F, typename U>
+static M2RL_HD F f16_float(const U& word) {
+  const U sign = (word & 0x8000u) << 16, magnitude = word & 0x7fffu;
+  const F scaled = bits_as<F>(magnitude << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent bias from 15 to 127, subnormals too
+  const U special = 0x7f800000u | (magnitude << 13), normal = bits_as<U>(scaled);
+  return bits_as<F>(sign | (magnitude >= 0x7c00u ? special : normal));
 }
+static M2RL_HD float from_f16(uint16_t h) { return f16_float<float>(static_cast<uint32_t>(h)); }
 
 // Round to nearest even; 65520 and above become infinity, as IEEE says.
-static M2RL_HD uint16_t to_f16(float x) {
-  uint32_t u = float_bits(x), a = u & 0x7fffffffu;
-  uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  uint32_t tiny = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;  // adding 0.5 rounds at 2^-24, the step of float16 subnormals
-  uint32_t magnitude = a < 0x38800000u ? tiny : normal;
-  magnitude = a >= 0x47800000u ? (a > 0x7f800000u ? 0x7e00u : 0x7c00u) : magnitude;
-  return static_cast<uint16_t>(magnitude | ((u >> 16) & 0x8000u));
+template <typename U, typename F>
+static M2RL_HD U f16_word(const F& x) {
+  const U u = bits_as<U>(x), a = u & 0x7fffffffu, infinity = (u & 0u) + 0x7c00u, nan = infinity + 0x200u;
+  const U normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const F shifted = bits_as<F>(a) + 0.5f;  // adding 0.5 rounds at 2^-24, the step of float16 subnormals
+  const U tiny = bits_as<U>(shifted) - 0x3f000000u, special = a > 0x7f800000u ? nan : infinity;
+  U magnitude = a < 0x38800000u ? tiny : normal;
+  magnitude = a >= 0x47800000u ? special : magnitude;
+  return magnitude | ((u >> 16) & 0x8000u);
 }
+static M2RL_HD uint16_t to_f16(float x) { return static_cast<uint16_t>(f16_word<uint32_t>(x)); }
 
 }  // namespace m2rl

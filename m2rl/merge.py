@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -408,14 +409,18 @@ class Progress:
 
 
 @contextlib.contextmanager
-def small_footprint(inputs: Inputs, interval_s: float = 0.02) -> Iterator[None]:
-    """Unmap what was read, every `interval_s`: resident memory stays near bandwidth * interval, whatever the models."""
+def small_footprint(inputs: Inputs, limit_bytes: int = 1 << 30, interval_s: float = 0.02) -> Iterator[None]:
+    """Unmap what was read whenever about `limit_bytes` of it are resident, whatever the models' size.
+
+    The pages stay in the page cache; unmapping them more often costs more than reading them.
+    """
     done = threading.Event()
 
     def unmap() -> None:
         while not done.wait(interval_s):
-            for checkpoint in inputs.all:
-                checkpoint.release_all()
+            if resident_file_bytes() > limit_bytes:
+                for checkpoint in inputs.all:
+                    checkpoint.release_all()
 
     worker = threading.Thread(target=unmap, daemon=True)
     worker.start()
@@ -424,6 +429,14 @@ def small_footprint(inputs: Inputs, interval_s: float = 0.02) -> Iterator[None]:
     finally:
         done.set()
         worker.join()
+
+
+def resident_file_bytes() -> float:
+    """Bytes of mapped files this process holds in memory; infinity where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return math.inf
 
 
 @contextlib.contextmanager
@@ -481,8 +494,6 @@ def stream(
                 _apply(inputs, tensors, output, statistics[i], place)
             else:
                 _apply_spectral(inputs, batch, output)
-        for checkpoint in inputs.all:
-            checkpoint.release(batch)
         bar.add(sum(size[n] for n in batch), batch[-1])
     for output in outputs:
         for name in inputs.copied:
@@ -508,8 +519,6 @@ def whole_statistics(inputs: Inputs, recipes: Sequence[Recipe], with_base: bool,
     assert report.nonfinite is not None
     _check_finite(inputs, everything, report.nonfinite)
     row = {name: t for t, name in enumerate(ordered)}
-    for checkpoint in inputs.all:
-        checkpoint.release(ordered)
     return {i: (row, s) for i, s in zip(chosen, found)}
 
 

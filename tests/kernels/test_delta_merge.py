@@ -142,14 +142,16 @@ def test_selection_survives_a_sample_that_misses():
 
 def against_the_sample(n, sampled_are_large):
     """The sample's positions are fixed by the size: values chosen against it put the answer on either side."""
-    m = max(2048, n // 256)
-    j = np.arange(m, dtype=np.uint64)
+    cluster = 32
+    draws = max(64, n // (128 * cluster))
+    width = n // draws
+    j = np.arange(draws, dtype=np.uint64)
     jitter = (j * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
-    sampled = (n * (j / m)).astype(np.int64) + (jitter % np.uint64(n // m)).astype(np.int64)
+    starts = (j.astype(np.int64) * width + (jitter % np.uint64(width)).astype(np.int64)) // cluster * cluster
     g = torch.Generator().manual_seed(0)
     small, large = torch.rand(n, generator=g) * 0.5, 1 + torch.rand(n, generator=g)
     chosen = torch.zeros(n, dtype=torch.bool)
-    chosen[torch.from_numpy(sampled)] = True
+    chosen[torch.from_numpy(starts[:, None] + np.arange(cluster)).reshape(-1)] = True
     return torch.where(chosen == sampled_are_large, large, small), chosen
 
 
