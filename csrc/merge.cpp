@@ -235,7 +235,7 @@ struct Search {
   int64_t nonzero = 0;
   uint32_t lo = 0, hi = 0x7fffffffu;    // the bracket
   bool store = true;
-  // A heavy value at an end of the bracket (zero, or a step of bfloat16) is counted, not stored.
+  // A heavy value at an end of the bracket (zero, or a step of bfloat16), just outside [lo, hi], is counted and not stored.
   struct Atom {
     bool on = false;
     uint32_t key = 0;
@@ -274,17 +274,19 @@ class Selector {
         if (counted) searches.back().share = share;
       }
     if (searches.empty()) return;
-    if (total_ > kWhole) guess(searches);
+    if (total_ > kWhole) guess(searches, threads);
     std::vector<Search*> active;
     for (auto& s : searches) active.push_back(&s);
     scan(active, threads, report_);
-    for (auto& s : searches) {
-      if (!settle(s)) {
-        refine(s, threads);
-        scan({&s}, threads, nullptr);
-        settle(s);
-      }
-      s.stored.clear();
+    std::vector<char> settled(searches.size());
+    parallel_for(static_cast<int64_t>(searches.size()), threads, [&](int64_t j, int) {
+      settled[static_cast<size_t>(j)] = settle(searches[static_cast<size_t>(j)]);
+    });
+    for (size_t j = 0; j < searches.size(); ++j) {
+      if (settled[j]) continue;
+      refine(searches[j], threads);
+      scan({&searches[j]}, threads, nullptr);
+      settle(searches[j]);
     }
   }
 
@@ -309,7 +311,7 @@ class Selector {
 
   // Bracket each rank by 4 standard deviations of a stratified sample of clusters: neighbours share a cache line and a page, which
   // is what a draw costs. How alike neighbours are is measured, by the spread of the clusters' counts.
-  void guess(std::vector<Search>& searches) const {
+  void guess(std::vector<Search>& searches, int threads) const {
     const int64_t draws = std::min<int64_t>(kMostDraws, std::max<int64_t>(64, total_ / (128 * kCluster)));
     std::vector<std::vector<uint32_t>> keys(static_cast<size_t>(lists_));
     std::vector<int> sizes;
@@ -330,7 +332,8 @@ class Selector {
       }
     }
     const int64_t m = static_cast<int64_t>(keys[0].size()), heavy = std::max<int64_t>(8, m / 256);
-    for (auto& s : searches) {
+    parallel_for(static_cast<int64_t>(searches.size()), threads, [&](int64_t index, int) {
+      Search& s = searches[static_cast<size_t>(index)];
       const auto& list = keys[static_cast<size_t>(s.list)];
       auto order = list;
       auto pick = [&](int64_t rank, int64_t begin, int64_t end) {  // of the keys at those ranks
@@ -346,10 +349,10 @@ class Selector {
       s.hi = from < 0 ? 0x7fffffffu : pick(from, 0, middle);
       s.lo = upto >= m ? 0 : pick(upto, middle + 1, m);
       s.store = s.lo != s.hi;  // one heavy value: counting is enough
-      if (!s.store) continue;
+      if (!s.store) return;
       if (std::count(list.begin(), list.end(), s.hi) > heavy) s.top.on = true, s.top.key = s.hi--;
       if (std::count(list.begin(), list.end(), s.lo) > heavy) s.bottom.on = true, s.bottom.key = s.lo++;
-    }
+    });
   }
 
   // Standard deviation of how many of the sample's keys lie above `key` (or reach it: the larger of the two), cluster by cluster.
@@ -449,19 +452,20 @@ class Selector {
           s.chunk_at[static_cast<size_t>(c)] = static_cast<int64_t>(mine.size());
           s.chunk_thread[static_cast<size_t>(c)] = thread;
         }
-        int64_t in = 0;
         uint32_t* out = scratch[static_cast<size_t>(thread)].data();
         int64_t* count = &counts[(j * static_cast<size_t>(threads) + static_cast<size_t>(thread)) * 8];
-        ops_.bracket(keys, n, s.lo, s.hi, store ? out : nullptr, &count[0], &in);
+        BracketCount found;
+        ops_.bracket(keys, n, s.lo, s.hi, s.top.on || s.bottom.on, store ? out : nullptr, &found);
+        const int64_t in = found.from_low - found.above;
+        count[0] += found.above;
         if (s.share > 0.0) count[1] += ops_.count_nonzero(keys, n);
         if (store && in != 0) {
           mine.insert(mine.end(), out, out + in);
           held[j].fetch_add(in, std::memory_order_relaxed);
         }
         s.chunk_inside[static_cast<size_t>(c)] += in;
-        int64_t unused = 0;
-        for (auto* atom : {&s.top, &s.bottom})
-          if (atom->on) ops_.bracket(keys, n, atom->key, atom->key, nullptr, &unused, &atom->chunk[static_cast<size_t>(c)]);
+        if (s.top.on) s.top.chunk[static_cast<size_t>(c)] += found.above - found.above_top;
+        if (s.bottom.on) s.bottom.chunk[static_cast<size_t>(c)] += found.from_bottom - found.from_low;
       }
     });
     for (size_t j = 0; j < searches.size(); ++j) {
@@ -551,8 +555,9 @@ class Selector {
       each_block(threads, nullptr, [&](Prepared& block, int64_t, int thread, int64_t, int n) {
         auto& mine = bins[static_cast<size_t>(thread)];
         uint32_t* inside = scratch[static_cast<size_t>(thread)].data();
-        int64_t above = 0, in = 0;
-        ops_.bracket(keys_of(block, s.list, n), n, s.lo, s.hi, inside, &above, &in);
+        BracketCount found;
+        ops_.bracket(keys_of(block, s.list, n), n, s.lo, s.hi, false, inside, &found);
+        const int64_t in = found.from_low - found.above;
         if (width == 1) for (int64_t j = 0; j < in; ++j) ++mine[inside[j] - s.lo];
         else for (int64_t j = 0; j < in; ++j) ++mine[(inside[j] - s.lo) / width];
       });

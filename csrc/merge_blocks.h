@@ -22,6 +22,10 @@ struct Combine {
   float divisor, den_floor, den_substitute, lambda;
 };
 
+struct BracketCount {
+  int64_t above = 0, above_top = 0, from_low = 0, from_bottom = 0;
+};
+
 // `round` names the type every intermediate is rounded to: M2RL_F32 (no rounding), M2RL_BF16, M2RL_F16.
 struct MergeBlocks {
   // dst = float32(src); returns how many are NaN or infinite
@@ -31,8 +35,9 @@ struct MergeBlocks {
   // dst = dtype(v), round to nearest even; returns how many results are NaN or infinite
   int64_t (*store)(const float* v, int n, int dtype, void* dst);
 
-  // counts of keys above hi and inside [lo, hi]; keys inside are appended to `inside` (room for n + 16) unless it is null
-  void (*bracket)(const float* d, int n, uint32_t lo, uint32_t hi, uint32_t* inside, int64_t* above, int64_t* stored);
+  // adds to `count` how many keys are > hi, > hi + 1, >= lo and (where `atoms`) >= lo - 1; keys in [lo, hi] are written to `inside` (room
+  // for n + 16) unless it is null
+  void (*bracket)(const float* d, int n, uint32_t lo, uint32_t hi, bool atoms, uint32_t* inside, BracketCount* count);
   // d = key(d) >= threshold ? d : 0        (`invert`: the other ones)
   void (*keep_above)(float* d, int n, uint32_t threshold, bool invert);
   // d = key(v) >= threshold ? d : 0

@@ -122,51 +122,63 @@ int64_t store(const float* __restrict v, int n, int dtype, void* dst) {
   });
 }
 
-void bracket(const float* __restrict d, int n, uint32_t lo, uint32_t hi, uint32_t* inside, int64_t* above, int64_t* stored) {
+template <bool kAtoms>
+void bracket_keys(const float* __restrict d, int n, uint32_t lo, uint32_t hi, uint32_t* inside, BracketCount* count) {
+  const uint32_t top = hi + 1, bottom = lo - 1;
+  uint32_t above = 0, above_top = 0, from_low = 0, from_bottom = 0;
   int i = 0;
-  int64_t over = 0, in = 0;
   if (inside == nullptr) {
-    uint32_t over_block = 0, in_block = 0;
-    for (i = 0; i < n; ++i) {
-      uint32_t key = magnitude_key(d[i]);
-      over_block += key > hi;
-      in_block += (key >= lo) & (key <= hi);
-    }
-    over = over_block, in = in_block;
-  } else {
-#if defined(M2RL_ISA_avx512)
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), low = _mm512_set1_epi32(static_cast<int>(lo)),
-                  high = _mm512_set1_epi32(static_cast<int>(hi));
-    for (; i + 16 <= n; i += 16) {
-      __m512i key = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(d + i)), magnitude);
-      __mmask16 m_over = _mm512_cmpgt_epu32_mask(key, high);
-      __mmask16 m_in = _mm512_mask_cmple_epu32_mask(_mm512_cmpge_epu32_mask(key, low), key, high);
-      // compress in the register, then a full store: the compressing store is microcoded on Zen 4
-      _mm512_storeu_si512(inside + in, _mm512_maskz_compress_epi32(m_in, key));
-      over += __builtin_popcount(m_over);
-      in += __builtin_popcount(m_in);
-    }
-#elif defined(M2RL_ISA_avx2)
-    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), below = _mm256_set1_epi32(static_cast<int>(lo) - 1),
-                  high = _mm256_set1_epi32(static_cast<int>(hi));  // keys are below 2^31, so signed comparison is exact
-    for (; i + 8 <= n; i += 8) {
-      __m256i key = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(d + i)), magnitude);
-      __m256i v_over = _mm256_cmpgt_epi32(key, high);
-      unsigned m_over = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(v_over)));
-      unsigned m_low = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below))));
-      over += __builtin_popcount(m_over);
-      for (unsigned m = m_low & ~m_over; m != 0; m &= m - 1) inside[in++] = magnitude_key(d[i + __builtin_ctz(m)]);
-    }
-#endif
     for (; i < n; ++i) {
-      uint32_t key = magnitude_key(d[i]);
-      over += key > hi;
-      inside[in] = key;
-      in += (key >= lo) & (key <= hi);
+      const uint32_t key = magnitude_key(d[i]);
+      above += key > hi, from_low += key >= lo;
+      if (kAtoms) above_top += key > top, from_bottom += key >= bottom;
     }
   }
-  *above += over;
-  *stored += in;
+#if defined(M2RL_ISA_avx512)
+  auto wide = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); };
+  const __m512i magnitude = wide(0x7fffffffu), v_lo = wide(lo), v_hi = wide(hi), v_top = wide(top), v_bottom = wide(bottom);
+  for (; i + 16 <= n; i += 16) {
+    const __m512i key = _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(d + i)), magnitude);
+    const __mmask16 over = _mm512_cmpgt_epu32_mask(key, v_hi), low = _mm512_cmpge_epu32_mask(key, v_lo);
+    // compress in the register, then a full store: the compressing store is microcoded on Zen 4
+    _mm512_storeu_si512(inside, _mm512_maskz_compress_epi32(_kandn_mask16(over, low), key));
+    const uint32_t n_over = static_cast<uint32_t>(__builtin_popcount(over)), n_low = static_cast<uint32_t>(__builtin_popcount(low));
+    inside += n_low - n_over;  // lo <= hi + 1
+    above += n_over, from_low += n_low;
+    if (kAtoms) {
+      above_top += static_cast<uint32_t>(__builtin_popcount(_mm512_cmpgt_epu32_mask(key, v_top)));
+      from_bottom += static_cast<uint32_t>(__builtin_popcount(_mm512_cmpge_epu32_mask(key, v_bottom)));
+    }
+  }
+#elif defined(M2RL_ISA_avx2)
+  auto reach = [](__m256i key, uint32_t bar) {  // key >= bar, unsigned
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(key, _mm256_set1_epi32(static_cast<int>(bar))), key))));
+  };
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  for (; i + 8 <= n; i += 8) {
+    const __m256i key = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(d + i)), magnitude);
+    const unsigned over = reach(key, top), low = reach(key, lo);
+    above += static_cast<uint32_t>(__builtin_popcount(over)), from_low += static_cast<uint32_t>(__builtin_popcount(low));
+    for (unsigned m = low & ~over; m != 0; m &= m - 1) *inside++ = magnitude_key(d[i + __builtin_ctz(m)]);
+    if (kAtoms) {
+      above_top += static_cast<uint32_t>(__builtin_popcount(reach(key, top + 1)));
+      from_bottom += static_cast<uint32_t>(__builtin_popcount(reach(key, bottom)));
+    }
+  }
+#endif
+  for (; i < n; ++i) {
+    const uint32_t key = magnitude_key(d[i]);
+    *inside = key;
+    inside += (key >= lo) & (key <= hi);
+    above += key > hi, from_low += key >= lo;
+    if (kAtoms) above_top += key > top, from_bottom += key >= bottom;
+  }
+  count->above += above, count->above_top += above_top, count->from_low += from_low, count->from_bottom += from_bottom;
+}
+
+void bracket(const float* d, int n, uint32_t lo, uint32_t hi, bool atoms, uint32_t* inside, BracketCount* count) {
+  if (atoms) bracket_keys<true>(d, n, lo, hi, inside, count);
+  else bracket_keys<false>(d, n, lo, hi, inside, count);
 }
 
 void keep_above(float* __restrict d, int n, uint32_t threshold, bool invert) {
