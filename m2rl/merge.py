@@ -3,10 +3,9 @@
     python -m m2rl.merge --base DIR --experts A B C D --method ties --density 0.2 --out DIR
 
 One pass over the inputs per statistic the method needs (thresholds, energies), one pass that writes. Inputs are
-mapped, outputs
-preallocated and written at their final place, in a folder beside `--out` that is renamed when complete: an
-interrupted merge
-leaves no half checkpoint, and `--resume` continues it. Methods and formulas: `m2rl_kernels.merge_passes.METHODS`.
+mapped, outputs preallocated and written at their final place, in a folder beside `--out` that is renamed when complete:
+an interrupted merge leaves no half checkpoint, and `--resume` continues it. Methods and formulas:
+`m2rl_kernels.merge_recipe.METHODS`.
 
 Python: `merge(base, experts, method="ties", density=0.2, out="DIR")` on folders, or on state dicts or modules (in
 memory).
@@ -17,9 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -28,317 +25,22 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from m2rl_kernels import merge_passes as passes
-from m2rl_kernels import native
-from m2rl_kernels.merge_passes import METHODS, Device, Recipe, Statistics, Tensors, recipe
+from m2rl_kernels.merge_passes import Device, Statistics, Tensors
+from m2rl_kernels.merge_recipe import CHOICES, METHODS, PRESETS, Recipe, check_read, recipe
 
-from m2rl.safetensors_io import DTYPES, ITEM_BYTES, Checkpoint, Layout, ShardWriter, TensorInfo, plan_layout, read_json
+from m2rl.command import exit_with
+from m2rl.merge_inputs import CODES, Inputs, open_inputs, warn
+from m2rl.merge_output import Output, finish, open_output, out_dtype
+from m2rl.safetensors_io import DTYPES, ITEM_BYTES, Layout, plan_layout
 from m2rl.types import InputError
 
-CODES = {safetensors: native.DTYPE_CODES[name] for name, safetensors in DTYPES.items()}  # "BF16" -> 1
 BATCH_ELEMENTS = 1 << 25  # per step of the progress bar; memory does not depend on it
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-)
-# Configuration that changes what the same weights compute: a merge across different values is meaningless.
-SAME_CONFIG = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-    "tie_word_embeddings",
-)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-# ---- checks: everything that headers and configurations can tell, before any tensor is read ----
-
-
-@dataclass
-class Inputs:
-    """A base and its experts, checked against each other."""
-
-    base: Checkpoint | None
-    experts: list[Checkpoint]
-    merged: list[str]  # float tensors, in file order
-    copied: list[str]  # other types: taken from the donor, must agree
-
-    @property
-    def donor(self) -> Checkpoint:
-        """Whose configuration, tokenizer and non-float tensors the output gets."""
-        return self.base or self.experts[0]
-
-    @property
-    def all(self) -> list[Checkpoint]:
-        return [*([self.base] if self.base else []), *self.experts]
-
-    def info(self, name: str) -> TensorInfo:
-        return self.donor.tensors[name]
-
-
-def open_inputs(base: str | os.PathLike | None, experts: Sequence[str | os.PathLike]) -> Inputs:
-    """Open and check. InputError names the first thing that does not fit."""
-    if not experts:
-        raise InputError("--experts needs at least one model, got none")
-    found = Inputs(Checkpoint(base) if base is not None else None, [Checkpoint(e) for e in experts], [], [])
-    seen: dict[Path, str] = {}
-    for checkpoint in found.experts:
-        real = checkpoint.folder.resolve()
-        if real in seen:
-            warn(f"{checkpoint.source} is given twice as an expert")
-        if found.base and real == found.base.folder.resolve():
-            warn(f"expert {checkpoint.source} is the base itself: it adds nothing")
-        seen[real] = checkpoint.source
-    donor = found.donor
-    for other in found.all:
-        if other is donor:
-            continue
-        _check_names(donor, other)
-        for name, info in donor.tensors.items():
-            _check_tensor(donor, other, info, other.tensors[name])
-        _check_config(donor, other)
-        _check_tokenizer(donor, other)
-    order = sorted(donor.tensors.values(), key=lambda info: (donor.files.index(info.file), info.begin))
-    for info in order:
-        (found.merged if info.dtype in CODES else found.copied).append(info.name)
-    return found
-
-
-def _check_names(donor: Checkpoint, other: Checkpoint) -> None:
-    missing, extra = sorted(set(donor.tensors) - set(other.tensors)), sorted(set(other.tensors) - set(donor.tensors))
-    for name, have, lack in [*((n, donor, other) for n in missing), *((n, other, donor) for n in extra)]:
-        if name.startswith("lm_head") or name.endswith("embed_tokens.weight"):
-            raise InputError(
-                f"{name} is in {have.source} but not in {lack.source}: one ties the output head to the embedding "
-                f"and the "
-                f"other does not (tie_word_embeddings: {have.config.get('tie_word_embeddings')} and "
-                f"{lack.config.get('tie_word_embeddings')}); save both the same way"
-            )
-    if missing:
-        raise InputError(f"{other.source} lacks {len(missing)} tensors that {donor.source} has, first {missing[0]}")
-    if extra:
-        raise InputError(f"{other.source} has {len(extra)} tensors that {donor.source} lacks, first {extra[0]}")
-
-
-def _check_tensor(donor: Checkpoint, other: Checkpoint, a: TensorInfo, b: TensorInfo) -> None:
-    if a.shape != b.shape:
-        if (
-            len(a.shape) == len(b.shape) == 2
-            and a.shape[1] == b.shape[1]
-            and ("embed" in a.name or "lm_head" in a.name)
-        ):
-            raise InputError(
-                f"{a.name}: vocabulary sizes differ by {abs(a.shape[0] - b.shape[0])} rows ({a.shape[0]} in "
-                f"{donor.source}, "
-                f"{b.shape[0]} in {other.source}); resize one to the other first"
-            )
-        raise InputError(f"{a.name} has shape {list(a.shape)} in {donor.source} and {list(b.shape)} in {other.source}")
-    if (a.dtype in CODES) != (b.dtype in CODES) or (a.dtype not in CODES and a.dtype != b.dtype):
-        raise InputError(f"{a.name} has dtype {a.dtype} in {donor.source} and {b.dtype} in {other.source}")
-
-
-def _check_config(donor: Checkpoint, other: Checkpoint) -> None:
-    a, b = donor.config, other.config
-    for key in SAME_CONFIG:
-        if a and b and a.get(key) != b.get(key) and key in a and key in b:
-            raise InputError(f"config.json: {key} is {a[key]} in {donor.source} and {b[key]} in {other.source}")
-
-
-def _vocabulary(folder: Path) -> Any:
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        content = read_json(path)
-        model = content.get("model", {})
-        added = [(t["id"], t["content"]) for t in content.get("added_tokens", [])]
-        return {"vocab": model.get("vocab"), "merges": model.get("merges"), "added": added}
-    path = folder / "vocab.json"
-    return read_json(path) or None
-
-
-def _check_tokenizer(donor: Checkpoint, other: Checkpoint) -> None:
-    def digest(folder: Path) -> list[bytes]:
-        return [
-            hashlib.sha256(p.read_bytes()).digest()
-            for n in ("tokenizer.json", "vocab.json")
-            if (p := folder / n).is_file()
-        ]
-
-    first, second = digest(donor.folder), digest(other.folder)
-    if not first or not second or first == second:
-        return
-    a, b = _vocabulary(donor.folder), _vocabulary(other.folder)
-    if a != b:
-        sizes = [len(v.get("vocab") or ()) if isinstance(v, dict) and "vocab" in v else len(v or ()) for v in (a, b)]
-        raise InputError(
-            f"the tokenizers of {donor.source} and {other.source} differ ({sizes[0]} and {sizes[1]} entries in the "
-            "vocabulary): the same row of the embedding means different tokens"
-        )
-
-
-# ---- the journal: what makes an interrupted merge resumable ----
-
-
-class Journal:
-    """One line per finished tensor: its name and the checksum of what was written. The first line names the merge."""
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = folder / "journal.jsonl", fingerprint
-        self.handle = open(self.path, "a+")  # noqa: SIM115 - lives as long as the merge
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process is writing {folder}") from None
-
-    def finished(self) -> dict[str, dict[str, Any]] | None:
-        """name -> entry; None if the journal belongs to another merge or is empty."""
-        self.handle.seek(0)
-        lines = self.handle.read().splitlines()
-        entries = []
-        for line in lines:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break  # the line a crash cut short
-        if not entries or entries[0].get("fingerprint") != self.fingerprint:
-            return None
-        return {entry["tensor"]: entry for entry in entries[1:]}
-
-    def restart(self) -> None:
-        self.handle.seek(0)
-        self.handle.truncate()
-        self.add(fingerprint=self.fingerprint)
-
-    def add(self, **entry: Any) -> None:
-        self.handle.write(json.dumps(entry) + "\n")
-        self.handle.flush()
-
-    def close(self) -> None:
-        self.handle.close()
-
-
-# ---- one output ----
-
-
-@dataclass
-class Output:
-    """One merged checkpoint being written."""
-
-    recipe: Recipe
-    folder: Path
-    layout: Layout
-    partial: Path
-    journal: Journal
-    writer: ShardWriter
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # tensor -> journal entry
-
-
-def open_output(
-    inputs: Inputs, chosen: Recipe, folder: Path, *, dtype: str | None, shard_bytes: int, resume: bool, overwrite: bool
-) -> Output:
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise InputError(f"{folder} exists and is not empty: choose another --out, or pass --overwrite")
-    for checkpoint in inputs.all:
-        if folder == checkpoint.folder.resolve() or checkpoint.folder.resolve() in folder.parents:
-            raise InputError(f"--out {folder} lies inside the input {checkpoint.source}")
-    layout = plan_layout(
-        [(i.name, _out_dtype(i, dtype), i.shape) for i in map(inputs.info, [*inputs.merged, *inputs.copied])],
-        shard_bytes,
-    )
-    partial = folder.with_name(f".{folder.name}.partial")
-    fingerprint = hashlib.sha256(
-        json.dumps(
-            {
-                "recipe": chosen.describe(),
-                "layout": sorted(layout.files.items()),
-                "dtype": dtype,
-                "per_tensor": chosen.per_tensor is not None,
-                "inputs": [[str(c.folder.resolve()), c.state] for c in inputs.all],
-                "version": _version(),
-            },
-            default=str,
-        ).encode()
-    ).hexdigest()
-    journal = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        existed = partial.exists()
-        held = sum(p.stat().st_blocks * 512 for p in partial.glob("*.safetensors")) if existed else 0
-        free = shutil.disk_usage(folder.parent).free
-        need = layout.bytes + (64 << 20 if layout.bytes > 64 << 20 else 1 << 20) - held
-        if free < need:
-            raise InputError(
-                f"{folder.parent} has {free / 1e9:.2f} GB free, the merge needs {need / 1e9:.2f} GB: nothing was "
-                f"written"
-            )
-        partial.mkdir(exist_ok=True)
-        journal = Journal(partial, fingerprint)
-        done = journal.finished() if resume else None
-        if existed and done is None:
-            found = f"the unfinished merge in {partial} is a different one" if resume else "found an unfinished merge"
-            print(f"{found}: starting over", file=sys.stderr)
-        if done is None:
-            for stale in partial.glob("*.safetensors"):
-                stale.unlink()
-            journal.restart()
-        writer = ShardWriter(partial, layout)
-    except OSError as error:
-        if journal is not None:
-            journal.close()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(
-                f"the disk of {folder.parent} is full: {layout.bytes / 1e9:.2f} GB could not be allocated"
-            ) from None
-        raise InputError(f"cannot write {folder}: {error.strerror} ({error.filename})") from None
-    output = Output(chosen, folder, layout, partial, journal, writer)
-    for name, entry in (done or {}).items():
-        data = writer.read(name, entry["bytes"])  # trust what is on the disk, not what was meant to be there
-        if passes.checksum(data.ctypes.data, data.nbytes) == entry["checksum"][-1]:
-            output.done[name] = entry
-    if output.done:
-        print(f"resuming: {len(output.done)} of {len(layout.place)} tensors are already written", file=sys.stderr)
-    return output
-
-
-def _out_dtype(info: TensorInfo, dtype: str | None) -> str:
-    return DTYPES[dtype] if dtype and info.dtype in CODES else info.dtype
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("m2rl")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 # ---- the stream ----
@@ -653,97 +355,6 @@ def _summary(inputs: Inputs, output: Output) -> dict[str, Any]:
     return summary
 
 
-# ---- finishing ----
-
-
-def finish(inputs: Inputs, output: Output, summary: dict[str, Any], *, dtype: str | None, sync: bool) -> None:
-    """Configuration, tokenizer and card beside the weights; then everything to disk, and the rename."""
-    donor = inputs.donor.folder
-    config = dict(inputs.donor.config)
-    if config:
-        stored = dtype or {v: k for k, v in DTYPES.items()}.get(
-            inputs.info(max(inputs.merged, key=lambda n: inputs.info(n).size)).dtype
-        )
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = stored
-        if not {"dtype", "torch_dtype"} & set(config):
-            config["dtype"] = stored
-        (output.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in [*(donor / n for n in COPIED), *donor.glob("*.py")]:
-        if path.is_file():
-            shutil.copyfile(path, output.partial / path.name)
-    record = {
-        "tool": f"m2rl.merge {_version()}",
-        "numpy": np.__version__,
-        "python": sys.version.split()[0],
-        "recipe": output.recipe.describe(),
-        "dtype": dtype or "as the base",
-        **summary,
-    }
-    (output.partial / "merge.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-    (output.partial / "README.md").write_text(card(inputs, output.recipe, record))
-    output.writer.finish(sync)
-    output.journal.close()
-    output.journal.path.unlink()
-    if sync:
-        for path in [*output.partial.iterdir(), output.partial]:
-            _sync(path)
-    if output.folder.exists():
-        old = output.folder.with_name(f".{output.folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.folder.rename(old)
-        output.partial.rename(output.folder)
-        shutil.rmtree(old)
-    else:
-        output.partial.rename(output.folder)
-    if sync:
-        _sync(output.folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def card(inputs: Inputs, r: Recipe, record: Mapping[str, Any]) -> str:
-    """The model card: what was merged, how, from which bytes."""
-    rule = r.rule
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "base_model:",
-        *(f"- {c.source}" for c in inputs.all),
-        "---",
-        "",
-        f"# {inputs.donor.folder.name}, merged with {r.method}",
-        "",
-        f"    {rule.formula}        ({rule.source})",
-        "",
-        "| model | weight | content checksum |",
-        "|---|---|---|",
-    ]
-    weights = {c.source: w for c, w in zip(inputs.experts, r.weights)}
-    lines += [f"| {m['source']} | {weights.get(m['source'], 'base')} | {m['content']} |" for m in record["models"]]
-    lines += [
-        "",
-        f"Made by {record['tool']} (numpy {record['numpy']}, Python {record['python']}). Every choice:",
-        "",
-        "```json",
-        json.dumps(record["recipe"], indent=2, default=str),
-        "```",
-        "",
-        "The content checksum is a 64-bit checksum per tensor, hashed over names, types and shapes: it does not "
-        "depend on sharding, "
-        "and is not cryptographic.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 # ---- the Python interface ----
 
 
@@ -766,14 +377,13 @@ def merge(
     """Merge `experts` onto `base`.
 
     base, experts: folders or cached hub ids (then `out` is required; returns its path), or state dicts or modules
-    (returns a new state
-        dict of the base's names, on the base's device). `base` may be None for average and karcher.
-    method, options: as in `merge_passes.recipe`: preset, weights, density, lam, normalize, scope, ties, zero_sign,
-    rescale,
-        sce_select, sce_eps, compute_dtype, seed, ...
+        (returns a new state dict of the base's names, on the base's device). `base` may be None for average and
+        karcher.
+    method, options: as in `merge_recipe.recipe`: preset, weights, density, lam, normalize, scope, ties, zero_sign,
+        rescale, sce_select, sce_eps, compute_dtype, seed, ...
     dtype: "bfloat16" | "float16" | "float32": type of the result; default as the base.
     Raises InputError for input that does not fit, ValueError for an option that makes no sense; nothing is written
-    then.
+        then.
     """
     if out is None or not isinstance(experts[0] if experts else "", (str, os.PathLike)):
         if out is not None or isinstance(experts[0] if experts else "", (str, os.PathLike)):
@@ -781,7 +391,7 @@ def merge(
         from m2rl_kernels import delta_merge
 
         return delta_merge.merge_state_dicts(base, experts, method, dtype=dtype, threads=threads, **options)
-    passes.check_read(method, [name for name, value in options.items() if value is not None])
+    check_read(method, [name for name, value in options.items() if value is not None])
     chosen = recipe(method, len(experts), **options)
     merge_many(
         base,
@@ -830,7 +440,7 @@ def in_memory(
     """
     inputs, place = open_for(recipes, base, experts, dtype), Device("cpu", threads)
     with_base = inputs.base is not None and any(r.needs_base for r in recipes)
-    layout = plan_layout([(i.name, _out_dtype(i, dtype), i.shape) for i in map(inputs.info, inputs.merged)], 1 << 62)
+    layout = plan_layout([(i.name, out_dtype(i, dtype), i.shape) for i in map(inputs.info, inputs.merged)], 1 << 62)
     memory = np.empty(layout.bytes, np.uint8)  # as the one file would lie
     size = {n: ITEM_BYTES[layout.dtypes[n]] * math.prod(inputs.info(n).shape) for n in inputs.merged}
     merged = {n: memory[at : at + size[n]] for n, (_, at) in layout.place.items()}
@@ -934,7 +544,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder to create")
     p.add_argument("--config", help="a recipe in mergekit's YAML schema, in place of --base, --experts and --method")
     p.add_argument("--method", nargs="+", default=["ties"], help="one of those below; several with --sweep")
-    p.add_argument("--preset", choices=list(passes.PRESETS), help="conventions of the paper's code, or of mergekit")
+    p.add_argument("--preset", choices=list(PRESETS), help="conventions of the paper's code, or of mergekit")
     p.add_argument("--weights", nargs="+", type=float, help="one per expert (default 1)")
     p.add_argument("--density", nargs="+", type=float, help="fraction kept, in (0, 1]; several with --sweep")
     p.add_argument(
@@ -949,7 +559,7 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="divide by the weights that count (default: by method)",
     )
-    for name, allowed in passes.CHOICES.items():
+    for name, allowed in CHOICES.items():
         p.add_argument(f"--{name.replace('_', '-')}", choices=allowed)
     p.add_argument("--sce-eps", type=float)
     p.add_argument("--trim-density", type=float, help="dare_ties: top-k after the random mask")
@@ -986,15 +596,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (InputError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(str(error)) from error
     except KeyboardInterrupt:
         print("\ninterrupted: nothing stands in --out; --resume continues", file=sys.stderr)
-        return 130
+        raise
     return 0
 
 
@@ -1027,7 +633,7 @@ def run(args: argparse.Namespace) -> None:
             "gamma",
             "epsilon",
             "seed",
-            *passes.CHOICES,
+            *CHOICES,
         )
     }
     if args.sweep:
@@ -1052,7 +658,7 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} takes one value without --sweep, got {len(values)}")
     options["density"] = args.density[0] if args.density and len(args.density) == 1 else args.density
     options["lam"] = args.lam and args.lam[0]
-    passes.check_read(args.method[0], [name for name, value in options.items() if value is not None])
+    check_read(args.method[0], [name for name, value in options.items() if value is not None])
     chosen = recipe(args.method[0], len(args.experts), **options)
     started = time.monotonic()
     merge_many(args.base, args.experts, [(chosen, Path(args.out))], **shared)
@@ -1061,4 +667,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

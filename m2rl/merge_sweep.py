@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from m2rl_kernels.merge_passes import METHODS, Recipe, recipe
+from m2rl_kernels.merge_recipe import METHODS, Recipe, recipe
 
 from m2rl import merge as merging
 from m2rl.analyze.figures import Series, chart

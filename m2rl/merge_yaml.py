@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2rl_kernels.merge_passes import Recipe, recipe
+from m2rl_kernels.merge_recipe import Recipe, recipe
 
 from m2rl.types import InputError
 

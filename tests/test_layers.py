@@ -32,6 +32,8 @@ LAYER = {  # a module may import its own layer and those below
     "train": 6,
     "plan": 6,
     "distill": 6,
+    "merge_inputs": 3,
+    "merge_output": 4,
     "merge": 6,
     "merge_yaml": 6,
     "merge_sweep": 6,

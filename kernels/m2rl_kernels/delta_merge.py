@@ -8,7 +8,7 @@ one native call and returns T new tensors (or fills `out`). Top-k keeps exactly 
 masks are Philox keyed by (seed, tensor name, expert, element), so the same on CPU and GPU and in any shard or order.
 Cost: one reading per statistic (thresholds, energies) and one that writes; a few 256 KiB chunks of memory per thread.
 
-Letters: T tensors, K experts, N elements. Formulas and sources: `merge_passes.METHODS`. Errors: ValueError that names
+Letters: T tensors, K experts, N elements. Formulas and sources: `merge_recipe.METHODS`. Errors: ValueError that names
 the argument.
 """
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from m2rl_kernels import merge_passes as passes
 from m2rl_kernels import native
-from m2rl_kernels.merge_passes import Device, Recipe, Statistics, Tensors, recipe
+from m2rl_kernels.merge_passes import Device, Statistics, Tensors
+from m2rl_kernels.merge_recipe import Recipe, recipe
 
 CODES = {getattr(torch, name): code for name, code in native.DTYPE_CODES.items()}
 DTYPES = {code: dtype for dtype, code in CODES.items()}

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from m2rl_kernels import delta_merge as dm
-from m2rl_kernels import merge_passes as passes
-from m2rl_kernels import native
+from m2rl_kernels import merge_recipe, native
 from m2rl_kernels.delta_merge import merge_ref, merge_tensors, random_mask_ref, recipe, topk_masks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -441,9 +440,9 @@ def test_presets_change_only_their_options():
     from dataclasses import fields
 
     named = {"scope", "ties", "zero_sign", "rescale", "normalize", "sce_select", "sce_eps", "compute_dtype", "preset"}
-    for method in passes.METHODS:
+    for method in merge_recipe.METHODS:
         plain = recipe(method, 2, density=0.5)
-        for preset in passes.PRESETS:
+        for preset in merge_recipe.PRESETS:
             other = recipe(method, 2, density=0.5, preset=preset)
             assert {f.name for f in fields(plain) if getattr(plain, f.name) != getattr(other, f.name)} <= named
 
