@@ -4,10 +4,11 @@
 #pragma once
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace m2rl {
 
 constexpr int kBlock = 1024;
-constexpr int kLanes = 16;  // partial sums are kept in 16 lanes whatever the vector width, then added in lane order
 
 // How K task vectors of one tensor become one.
 //   sum     num = sum_k round(w_k * d_k), den = divisor

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 
+#include "lanes.h"
 #include "merge_blocks.h"
 #include "ops.h"
 #include "radix.h"
@@ -330,17 +331,6 @@ void finish(float* __restrict v, const float* __restrict num, const float* __res
     using R = decltype(r);
     for (int i = 0; i < n; ++i) v[i] = rounded<R>(b[i] + rounded<R>(lambda * rounded<R>(num[i])));
   });
-}
-
-// Sixteen floats, whatever the registers' width. Written out, because the compiler's own version of a loop over experts tests
-// at run time whether the rows overlap, and takes the scalar branch.
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-
-inline Lanes load_lanes(const float* x) {
-  Lanes v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
 }
 
 template <typename R>

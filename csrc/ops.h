@@ -6,7 +6,7 @@
 #define M2RL_API extern "C" __attribute__((visibility("default")))
 
 // Version of this table; native.py refuses a library with another number (a stale build).
-#define M2RL_ABI_VERSION 2
+#define M2RL_ABI_VERSION 3
 M2RL_API int32_t m2rl_abi_version();
 M2RL_API int32_t m2rl_cuda_abi_version();
 
@@ -113,6 +113,12 @@ M2RL_API int32_t m2rl_pack_rows_cuda(int32_t n_fields, const void* const* src, v
 M2RL_API void m2rl_group_advantages(int32_t is_double, const void* rewards, const int64_t* offsets, int64_t groups, int32_t mode,
                                     double eps, const int64_t* cu_seqlens, void* adv, void* mean, void* std, uint8_t* live,
                                     void* token_adv);
+
+// ---- softmax rows (softmax.cpp; Python: m2rl_kernels/linear_logprob.py) ----
+// z [rows, columns], columns at most 2048: p = softmax(z * scale), scale > 0. logp [rows] = log p at the target, NaN for a target
+// outside [0, columns); plogp [rows] or null: sum p log p; grad [rows, columns] or null (it may be z): p, less 1 at the target.
+M2RL_API void m2rl_softmax_rows(const float* z, int64_t rows, int64_t columns, float scale, const int64_t* target, float* grad,
+                                float* logp, float* plogp, int32_t threads);
 
 // ---- policy loss (policy_loss.cpp; Python: m2rl_kernels/policy_loss.py) ----
 enum M2rlLossKind : int32_t { M2RL_GRPO = 0, M2RL_CISPO = 1, M2RL_GSPO = 2, M2RL_REINFORCE = 3 };  // KINDS

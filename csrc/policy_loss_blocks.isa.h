@@ -5,32 +5,13 @@
 #endif
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
+#include "exponential.h"
 #include "policy_loss_blocks.h"
 #include "radix.h"
 
 namespace m2rl {
 namespace {
-
-// e^x to 2 units in the last place: x = n log 2 + f, a polynomial of degree 7 on f (Cephes' coefficients), 2^n in two factors, so
-// that results near both ends of the range are right as well.
-inline __attribute__((always_inline)) float exponential(float x) {
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer in the low bits of the mantissa
-  const float n = shifted - 12582912.0f;
-  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  const int32_t power = static_cast<int32_t>(float_bits(shifted)) - 0x4b400000, half = power >> 1;
-  const float scaled = p * bits_float(static_cast<uint32_t>(half + 127) << 23) * bits_float(static_cast<uint32_t>(power - half + 127) << 23);
-  const float low = x < -104.0f ? 0.0f : scaled;
-  return x > 88.8f ? std::numeric_limits<float>::infinity() : low;
-}
 
 // e^x - x - 1 without cancellation near 0.
 inline __attribute__((always_inline)) float exponential_rest(float x) {

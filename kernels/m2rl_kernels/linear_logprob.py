@@ -18,7 +18,8 @@ distribution, so S is not large; a row with logp < -60 or a sum that is not fini
 which for h = 0 is a per-row scale of E' (E with S_i subtracted at the target): dX and dW are plain matrix products on
 E' with [N]-sized scales. E' of the first `cache_bytes` worth of rows is kept from the forward, the rest is recomputed
 with the same anchor: three matrix products for forward and backward where everything is kept, four where nothing is.
-On the CPU a vocabulary of one block (2048) goes through torch's softmax instead: E = p, S = 1, the same products.
+On the CPU a vocabulary of one block (2048) takes the row's maximum as the anchor, in one native pass: E = p, S = 1, the
+same products.
 
 Promises: log-probabilities, entropies and input gradients are float32 inside; dW is accumulated in float32 and
 rounded once. On the CPU, logp, entropy and dX of a row are the same bits in any row order, batch or cache size (the
@@ -31,20 +32,22 @@ throughout.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from m2rl_kernels import native
 
 GUARD_LOGP = -60.0  # below this (p < 1e-26) the anchor moves to the row maximum; float32 overflows at e^88
 DEFAULT_CACHE_BYTES = 5 << 30
 ROW_MULTIPLE = 16  # CPU: products of 8 or more rows give a row the same bits whatever its neighbours; 1 row does not
 VOCAB_BLOCK = 2048  # CPU: a [256, 2048] float32 block stays in the last-level cache between its passes
 BLOCK_ELEMENTS = 256 * 2048
-SOFTMAX_ROWS = 1024  # CPU, vocabularies of one block: rows per product and softmax of the forward
+SOFTMAX_ROWS = 512  # CPU, vocabularies of one block: rows per product and softmax of the forward
 
 
 def linear_logprob(
@@ -520,7 +523,7 @@ def _forward_cpu(x_MH, weight_VH, y_M, inv_t, with_entropy, cache_RV) -> Tensor:
     if M == 0:
         return torch.empty(4, 0)
     x = _pad_rows(_widen(x_MH), _padded(M))
-    y = _pad_rows(y_M, _padded(M))
+    y = _pad_rows(y_M, _padded(M)).contiguous()
     if weight_VH.shape[0] <= VOCAB_BLOCK:
         return _forward_softmax_cpu(x, weight_VH, y, inv_t, with_entropy, cache_RV)[:, :M].contiguous()
     target = anchor = _target_logits_cpu(x, weight_VH, y, inv_t)
@@ -537,37 +540,35 @@ def _forward_cpu(x_MH, weight_VH, y_M, inv_t, with_entropy, cache_RV) -> Tensor:
 
 
 def _forward_softmax_cpu(x, weight_VH, y, inv_t, with_entropy, cache_RV) -> Tensor:
-    """The same where a row fits one block, by torch's softmax: one pass, with its faster exponential. E is then p, and
-    stats are log p of the target, 0, 1 and sum p log p."""
+    """The same where a row fits one block: softmax in one native pass, with the row's maximum as the anchor. E' is then
+    p (less 1 at the target), and stats are log p of the target, 0, 1 and sum p log p."""
     M, V, R = x.shape[0], weight_VH.shape[0], cache_RV.shape[0]
     tile, w_T = min(SOFTMAX_ROWS, M), _widen(weight_VH).T
     stats = torch.zeros(4, M)
     logp, _, S, U = stats
     S.fill_(1.0)
-    scratch = torch.empty(0 if M <= R and not with_entropy else tile * V)
+    scratch = torch.empty(tile * V if R < M else 0)
     for r, re in itertools.chain(_tiles(R, tile), _tiles(M, tile, R)):
-        at, n = y[r:re, None], (re - r) * V
-        p = cache_RV[r:re] if re <= R else scratch[:n].view(-1, V)
-        z = scratch[:n].view(-1, V) if with_entropy else p
-        _logits(z, x[r:re], w_T, inv_t)
-        p = torch.softmax(z, 1) if with_entropy and re > R else torch.softmax(z, 1, out=p)
-        torch.gather(p, 1, at, out=logp[r:re, None])
-        if with_entropy:
-            torch.sum(z.sub_(z.gather(1, at)).mul_(p), 1, out=U[r:re])
-        if re <= R:
-            p.scatter_(1, at, logp[r:re, None] - 1.0)
-    far = None if bool(logp.min() >= math.exp(GUARD_LOGP)) else (~(logp >= math.exp(GUARD_LOGP))).nonzero()[:, 0]
-    logp.log_()
-    if with_entropy:
-        U.add_(logp)
-    if far is not None:  # the guard: p loses digits, and then underflows
-        index = _pad_rows(far, _padded(len(far)))
-        z = _logits(torch.empty(len(index), V), x[index], w_T, inv_t)
-        z.sub_(z.logsumexp(1, keepdim=True))
-        logp[far] = z.gather(1, y[index, None])[: len(far), 0]
-        if with_entropy:
-            U[far] = z.exp().mul_(z).sum(1)[: len(far)]
+        z = cache_RV[r:re] if re <= R else scratch[: (re - r) * V].view(-1, V)
+        torch.mm(x[r:re], w_T, out=z)
+        _softmax_rows(z, y[r:re], inv_t, z if re <= R else None, logp[r:re], U[r:re] if with_entropy else None)
     return stats
+
+
+def _softmax_rows(z, y, inv_t, grad, logp, plogp=None) -> None:
+    """p = softmax(z inv_t) by rows: logp = log p[y]; plogp = sum p log p and grad = p - onehot(y) unless None; grad may
+    be z."""
+    native.cpu().m2rl_softmax_rows(
+        ctypes.c_void_p(z.data_ptr()),
+        ctypes.c_int64(z.shape[0]),
+        ctypes.c_int64(z.shape[1]),
+        ctypes.c_float(inv_t),
+        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_void_p(None if grad is None else grad.data_ptr()),
+        ctypes.c_void_p(logp.data_ptr()),
+        ctypes.c_void_p(None if plogp is None else plogp.data_ptr()),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
 
 
 def _guard_cpu(rows, x, weight_VH, y, target, anchor, S, U, inv_t, with_entropy, cache_RV) -> None:
@@ -608,7 +609,7 @@ def _backward_cpu(
     if M == 0:
         grad_weight = torch.zeros(V, H, dtype=dtype) if need_weight and grad_weight_out is None else None
         return torch.zeros(0, H, dtype=dtype) if need_hidden else None, grad_weight
-    x, y = _pad_rows(_widen(x_MH), padded), _pad_rows(y_M, padded)
+    x, y = _pad_rows(_widen(x_MH), padded), _pad_rows(y_M, padded).contiguous()
     target, anchor, S, U = stats_4M if padded == M else _pad_rows(stats_4M.T, padded, 1.0).T
     c = _pad_rows(c_M, padded)
     h = None if h_M is None else _pad_rows(h_M, padded)
@@ -634,15 +635,17 @@ def _backward_cpu(
             if re <= R:
                 E = cache_RV[r:re, v:ve]
             else:
-                E = _logits(scratch[0, :n].view(re - r, ve - v), x[r:re], w.T, inv_t)
-                E = torch.softmax(E, 1, out=E) if by_softmax else E.sub_(anchor[r:re, None]).exp_()
+                E = scratch[0, :n].view(re - r, ve - v)
+                if by_softmax:
+                    torch.mm(x[r:re], w.T, out=E)
+                    _softmax_rows(E, y[r:re], inv_t, E, torch.empty(re - r))
+                else:
+                    _logits(E, x[r:re], w.T, inv_t).sub_(anchor[r:re, None]).exp_()
             F = E
             if h is not None:
                 F = scratch[1, :n].view(re - r, ve - v)
                 torch.xlogy(E, E, out=F).mul_(h[r:re, None]).addcmul_(E, alpha[r:re, None])
-            if h is None and re > R and by_softmax:
-                F.scatter_add_(1, y[r:re, None], torch.full((re - r, 1), -1.0))  # p - 1, rounded as the forward did
-            elif re > R or h is not None:
+            if h is not None or (re > R and not by_softmax):
                 _put_at_target(F, y[r:re], v, at_target[r:re])
             if grad_x is not None:
                 torch.addmm(grad_x[r:re], F, w, beta=float(v > 0), out=grad_x[r:re])

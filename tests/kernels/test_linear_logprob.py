@@ -73,6 +73,31 @@ def test_it_matches_float64(N, V, H, dtype, temperature):
     )
 
 
+@pytest.mark.parametrize("V", [1, 2, 15, 16, 17, 31, 33, 2047])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_it_matches_float64_on_short_rows_that_end_anywhere(V, scale):
+    hidden, weight, targets = make(48, V, 8, scale=scale, target="argmin" if scale > 1 else "sampled")
+    c, h = upstream(48)
+    assert_bounds(
+        run(linear_logprob, hidden, weight, targets, c, h),
+        exact(hidden, weight, targets, c, h),
+        torch.float32,
+        hidden,
+        weight,
+        1.0,
+    )
+
+
+def test_a_row_that_is_not_finite_gives_nan_and_leaves_its_neighbours_alone():
+    hidden, weight, targets = make(32, 220, 16)
+    want = linear_logprob(hidden, weight, targets)
+    for bad in (float("nan"), float("inf")):
+        spoilt = hidden.clone()
+        spoilt[5] = bad
+        got = linear_logprob(spoilt, weight, targets)
+        assert got[5].isnan() and torch.equal(got.nan_to_num()[torch.arange(32) != 5], want[torch.arange(32) != 5])
+
+
 @pytest.mark.parametrize("V", [50257, 151669, 151936])
 def test_it_matches_float64_on_whole_vocabularies(V):
     hidden, weight, targets = make(17, V, 16, torch.bfloat16)
@@ -192,17 +217,18 @@ def test_no_rows_at_all():
     assert [list(t.shape) for t in got] == [[0], [0], [0, 8], [50, 8]] and not got[3].any()
 
 
-def test_non_contiguous_inputs_and_int32_targets():
-    hidden, weight, targets = make(60, 300, 24)
-    c, h = upstream(60)
+@pytest.mark.parametrize("N", [60, 64])
+def test_non_contiguous_inputs_and_int32_targets(N):
+    hidden, weight, targets = make(N, 300, 24)
+    c, h = upstream(N)
     want = run(linear_logprob, hidden, weight, targets, c, h)
-    wide, tall = torch.zeros(60, 48), torch.zeros(24, 300)
-    wide[:, ::2], tall.T[:] = hidden, weight
-    strided = torch.zeros(120, 24)[::2]
+    wide, tall, spread = torch.zeros(N, 48), torch.zeros(24, 300), torch.zeros(N, 3, dtype=torch.int64)
+    wide[:, ::2], tall.T[:], spread[:, 1] = hidden, weight, targets
+    strided = torch.zeros(2 * N, 24)[::2]
     strided.copy_(hidden)
-    for x, w in ((wide[:, ::2], weight), (strided, tall.T)):
+    for x, w, y in ((wide[:, ::2], weight, targets.int()), (strided, tall.T, spread[:, 1])):
         assert not (x.is_contiguous() and w.is_contiguous())
-        for ours, theirs in zip(run(linear_logprob, x, w, targets.int(), c, h), want):
+        for ours, theirs in zip(run(linear_logprob, x, w, y, c, h), want):
             assert torch.equal(ours, theirs)
 
 
