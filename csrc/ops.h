@@ -114,11 +114,12 @@ M2RL_API void m2rl_group_advantages(int32_t is_double, const void* rewards, cons
                                     double eps, const int64_t* cu_seqlens, void* adv, void* mean, void* std, uint8_t* live,
                                     void* token_adv);
 
-// ---- softmax rows (softmax.cpp; Python: m2rl_kernels/linear_logprob.py) ----
-// z [rows, columns], columns at most 2048: p = softmax(z * scale), scale > 0. logp [rows] = log p at the target, NaN for a target
-// outside [0, columns); plogp [rows] or null: sum p log p; grad [rows, columns] or null (it may be z): p, less 1 at the target.
-M2RL_API void m2rl_softmax_rows(const float* z, int64_t rows, int64_t columns, float scale, const int64_t* target, float* grad,
-                                float* logp, float* plogp, int32_t threads);
+// ---- softmax rows (softmax.cpp; Python: m2rl_kernels/linear_logprob.py, token_logprob.py) ----
+// z [rows, columns], columns at most 4096: p = softmax(z * scale), scale > 0. logp [rows] = log p at the target, NaN for a target
+// outside [0, columns); plogp [rows] or null: sum p log p; grad [rows, columns] or null (it may be z): p, less 1 at
+// the target, times weight [rows] unless that is null.
+M2RL_API void m2rl_softmax_rows(const float* z, int64_t rows, int64_t columns, float scale, const int64_t* target, const float* weight,
+                                float* grad, float* logp, float* plogp, int32_t threads);
 
 // ---- policy loss (policy_loss.cpp; Python: m2rl_kernels/policy_loss.py) ----
 enum M2rlLossKind : int32_t { M2RL_GRPO = 0, M2RL_CISPO = 1, M2RL_GSPO = 2, M2RL_REINFORCE = 3 };  // KINDS

@@ -28,13 +28,13 @@ constexpr int64_t kWorthAThread = int64_t{1} << 17;  // elements: what starting 
 
 }  // namespace
 
-void m2rl_softmax_rows(const float* z, int64_t rows, int64_t columns, float scale, const int64_t* target, float* grad, float* logp,
-                       float* plogp, int32_t threads) {
+void m2rl_softmax_rows(const float* z, int64_t rows, int64_t columns, float scale, const int64_t* target, const float* weight,
+                       float* grad, float* logp, float* plogp, int32_t threads) {
   const SoftmaxBlocks& ops = blocks();
   auto work = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      ops.row(z + r * columns, static_cast<int>(columns), scale, target[r], grad == nullptr ? nullptr : grad + r * columns, logp + r,
-              plogp == nullptr ? nullptr : plogp + r);
+      ops.row(z + r * columns, static_cast<int>(columns), scale, target[r], weight == nullptr ? 1.0f : weight[r],
+              grad == nullptr ? nullptr : grad + r * columns, logp + r, plogp == nullptr ? nullptr : plogp + r);
   };
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows * columns / kWorthAThread));
   std::vector<std::thread> team;

@@ -30,7 +30,7 @@ inline float sum(const Lanes& x) {
   return folded(x, [](float a, float b) { return a + b; });
 }
 
-void row(const float* z, int n, float scale, int64_t target, float* grad, float* logp, float* plogp) {
+void row(const float* z, int n, float scale, int64_t target, float weight, float* grad, float* logp, float* plogp) {
   const Lanes none = {}, lowest = none - std::numeric_limits<float>::infinity();
   const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int full = n / kLanes, rest = n % kLanes, steps = full + (rest != 0);
@@ -57,12 +57,12 @@ void row(const float* z, int n, float scale, int64_t target, float* grad, float*
   *logp = known ? z[target] * scale - most - log_whole : std::numeric_limits<float>::quiet_NaN();
   if (plogp != nullptr) *plogp = sum(spread) * inverse - log_whole;
   if (grad == nullptr) return;
-  for (int q = kLanes - rest; rest != 0 && q < kLanes; ++q) grad[n - kLanes + q] = e[full][q] * inverse;
+  for (int q = kLanes - rest; rest != 0 && q < kLanes; ++q) grad[n - kLanes + q] = e[full][q] * inverse * weight;
   for (int s = 0; s < full; ++s) {
-    const Lanes p = e[s] * inverse;
+    const Lanes p = e[s] * inverse * weight;
     std::memcpy(grad + s * kLanes, &p, sizeof p);
   }
-  if (known) grad[target] -= 1.0f;
+  if (known) grad[target] -= weight;
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ DEFAULT_CACHE_BYTES = 5 << 30
 ROW_MULTIPLE = 16  # CPU: products of 8 or more rows give a row the same bits whatever its neighbours; 1 row does not
 VOCAB_BLOCK = 2048  # CPU: a [256, 2048] float32 block stays in the last-level cache between its passes
 BLOCK_ELEMENTS = 256 * 2048
+SHORT_ROW = 4096  # the longest that softmax_rows takes: kSoftmaxRow in csrc/softmax_blocks.h
 SOFTMAX_ROWS = 512  # CPU, vocabularies of one block: rows per product and softmax of the forward
 
 
@@ -551,19 +552,20 @@ def _forward_softmax_cpu(x, weight_VH, y, inv_t, with_entropy, cache_RV) -> Tens
     for r, re in itertools.chain(_tiles(R, tile), _tiles(M, tile, R)):
         z = cache_RV[r:re] if re <= R else scratch[: (re - r) * V].view(-1, V)
         torch.mm(x[r:re], w_T, out=z)
-        _softmax_rows(z, y[r:re], inv_t, z if re <= R else None, logp[r:re], U[r:re] if with_entropy else None)
+        softmax_rows(z, y[r:re], inv_t, z if re <= R else None, logp[r:re], U[r:re] if with_entropy else None)
     return stats
 
 
-def _softmax_rows(z, y, inv_t, grad, logp, plogp=None) -> None:
-    """p = softmax(z inv_t) by rows: logp = log p[y]; plogp = sum p log p and grad = p - onehot(y) unless None; grad may
-    be z."""
+def softmax_rows(z, y, inv_t, grad, logp, plogp=None, weight=None) -> None:
+    """CPU, float32, contiguous, at most SHORT_ROW columns: p = softmax(z inv_t) by rows, logp = log p[y]; plogp = sum
+    p log p and grad = (p - onehot(y)) weight unless None. grad may be z; without weight [rows] it is 1."""
     native.cpu().m2rl_softmax_rows(
         ctypes.c_void_p(z.data_ptr()),
         ctypes.c_int64(z.shape[0]),
         ctypes.c_int64(z.shape[1]),
         ctypes.c_float(inv_t),
         ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_void_p(None if weight is None else weight.data_ptr()),
         ctypes.c_void_p(None if grad is None else grad.data_ptr()),
         ctypes.c_void_p(logp.data_ptr()),
         ctypes.c_void_p(None if plogp is None else plogp.data_ptr()),
@@ -638,7 +640,7 @@ def _backward_cpu(
                 E = scratch[0, :n].view(re - r, ve - v)
                 if by_softmax:
                     torch.mm(x[r:re], w.T, out=E)
-                    _softmax_rows(E, y[r:re], inv_t, E, torch.empty(re - r))
+                    softmax_rows(E, y[r:re], inv_t, E, torch.empty(re - r))
                 else:
                     _logits(E, x[r:re], w.T, inv_t).sub_(anchor[r:re, None]).exp_()
             F = E

@@ -9,8 +9,9 @@ gradient:
     dL/dz_iv = c_i [v = y] - p_iv (c_i + h_i (log p_iv + entropy_i)),      c, h: upstream gradients of logp and entropy.
 
 As in linear_logprob the offset of the exponential is the target's own logit k, not the row maximum, so one pass is
-enough; a row with logp < -60 or a sum that is not finite is redone with the row maximum. Where the logits come from a
-head, use `linear_logprob`, which never makes them.
+enough; a row with logp < -60 or a sum that is not finite is redone with the row maximum. On the CPU a row of at most
+4096 logits goes through one native pass with its maximum as the offset. Where the logits come from a head, use
+`linear_logprob`, which never makes them.
 
 Letters: N rows (tokens), V vocabulary.
 """
@@ -20,9 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear_logprob import GUARD_LOGP, _require
+from .linear_logprob import GUARD_LOGP, SHORT_ROW, _require, softmax_rows
 
-SMALL_VOCAB = 4096  # CPU: up to here torch's own log_softmax is faster; the logits are at hand, a copy of them is small
 TILE_ELEMENTS = 1 << 18  # CPU: rows are taken so many elements at a time, 1 MiB of float32
 
 
@@ -38,11 +38,6 @@ def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 
     _check(logits_NV, targets_N, temperature)
     if logits_NV.dtype == torch.float64:
         return token_logprob_ref(logits_NV, targets_N, temperature, return_entropy)
-    if not logits_NV.is_cuda and logits_NV.shape[1] <= SMALL_VOCAB:
-        z_NV = logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
-        logp_NV = z_NV.log_softmax(-1)
-        logp_N = logp_NV.gather(1, targets_N.long()[:, None])[:, 0]
-        return (logp_N, -(logp_NV.exp() * logp_NV).sum(-1)) if return_entropy else logp_N
     logp_N, entropy_N, _ = token_logprob_fwd(logits_NV, targets_N, float(temperature), return_entropy)
     return (logp_N, entropy_N) if return_entropy else logp_N
 
@@ -186,9 +181,15 @@ def _shifted(logits_tile: Tensor, anchor_tile: Tensor, inv_t: float) -> Tensor:
 
 def _forward_cpu(logits_NV, targets_N, inv_t, with_entropy) -> Tensor:
     N, V = logits_NV.shape
-    y_N = targets_N.long()
+    y_N = targets_N.long().contiguous()
     stats = torch.zeros(4, N)
     target, anchor, S, U = stats
+    if V <= SHORT_ROW:  # E = p: logp itself in the place of the target logit, 0, 1 and sum p log p
+        S.fill_(1.0)
+        for r, e in _tiles(N, V):
+            z = logits_NV[r:e].float().contiguous()
+            softmax_rows(z, y_N[r:e], inv_t, None, target[r:e], U[r:e] if with_entropy else None)
+        return stats
     target.copy_(logits_NV.gather(1, y_N[:, None])[:, 0]).mul_(inv_t)
     anchor.copy_(target)
     for r, e in _tiles(N, V):
@@ -211,8 +212,21 @@ def _forward_cpu(logits_NV, targets_N, inv_t, with_entropy) -> Tensor:
 
 
 def _backward_cpu(grad_NV, logits_NV, targets_N, anchor_N, alpha_N, beta_N, gamma_N, inv_t) -> None:
-    y_N, (N, V) = targets_N.long(), logits_NV.shape
+    y_N, (N, V) = targets_N.long().contiguous(), logits_NV.shape
     for r, e in _tiles(N, V):
+        if V <= SHORT_ROW:
+            z = logits_NV[r:e].float().contiguous()
+            F = grad_NV[r:e] if grad_NV.dtype == torch.float32 else torch.empty_like(z)
+            if beta_N is None:  # gamma = -alpha
+                softmax_rows(z, y_N[r:e], inv_t, F, torch.empty(e - r), weight=alpha_N[r:e])
+            else:
+                softmax_rows(z, y_N[r:e], inv_t, F, torch.empty(e - r))
+                p = F.scatter_add_(1, y_N[r:e, None], torch.ones(e - r, 1)).clamp_(min=0.0)
+                F.copy_(torch.xlogy(p, p).mul_(beta_N[r:e, None]).addcmul_(p, alpha_N[r:e, None]))
+                F.scatter_add_(1, y_N[r:e, None], gamma_N[r:e, None])
+            if F.dtype != grad_NV.dtype:
+                grad_NV[r:e] = F
+            continue
         d = _shifted(logits_NV[r:e], anchor_N[r:e], inv_t)
         if beta_N is None:
             F = d.exp_().mul_(alpha_N[r:e, None])

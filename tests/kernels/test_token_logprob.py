@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 from m2rl_kernels import token_logprob
-from m2rl_kernels.token_logprob import SMALL_VOCAB, token_logprob_bwd, token_logprob_fwd, token_logprob_ref
+from m2rl_kernels.linear_logprob import SHORT_ROW
+from m2rl_kernels.token_logprob import token_logprob_bwd, token_logprob_fwd, token_logprob_ref
 
 MODULE = sys.modules["m2rl_kernels.token_logprob"]
 
@@ -76,7 +77,7 @@ def test_uninitialised_memory_is_not_read():
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_opcheck_and_gradcheck(with_entropy):
-    logits, targets, c, h = make(4, SMALL_VOCAB + 8)
+    logits, targets, c, h = make(4, SHORT_ROW + 8)
     torch.library.opcheck(token_logprob_fwd, (logits.requires_grad_(), targets, 0.7, with_entropy))
     with torch.no_grad():
         _, _, stats = token_logprob_fwd(logits, targets, 0.7, with_entropy)
