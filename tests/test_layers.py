@@ -36,11 +36,10 @@ LAYER = {  # a module may import its own layer and those below
     "merge_yaml": 6,
     "merge_sweep": 6,
     "analyze": 6,
-    "study": 7,
-    "study_stages": 8,
     "report": 7,
     "findings": 7,
     "browser": 7,
+    "study": 8,
 }
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import benchmark_rows
@@ -16,13 +17,19 @@ import pytest
 import tiny
 from commands import environment
 
-from m2rl import embedded, study, study_stages
+from m2rl import embedded
 from m2rl.domains.procedural import DOMAINS
+from m2rl.study.__main__ import main
+from m2rl.study.definition import Analyses, Sampling, read, verify
+from m2rl.study.plan import Seed, digests_of, finished, marker, plan, training_configs
+from m2rl.study.preflight import preflight
+from m2rl.study.run import clear, run
+from m2rl.study.stages import validation_config, validation_prompts
 from m2rl.types import InputError
 
 
 def digests(made, out):
-    return study.digests_of(study.plan(made, out))
+    return digests_of(plan(made, out))
 
 
 def changed(a, b):
@@ -36,7 +43,7 @@ def with_run(made, name, **changes):
 
 @pytest.fixture
 def made():
-    return dataclasses.replace(study.read("study_embedded")[0], scale=0.1)
+    return dataclasses.replace(read("study_embedded")[0], scale=0.1)
 
 
 ANALYSES = {"policies", "verification", "skills"}
@@ -44,22 +51,22 @@ ANALYSES = {"policies", "verification", "skills"}
 
 @pytest.mark.parametrize("name", ["study_embedded", "study_qwen3_4b"])
 def test_the_shipped_studies_are_valid_and_every_stage_comes_after_what_it_needs(name, tmp_path):
-    made = study.verify(*study.read(name))
+    made = verify(*read(name))
     seen = set()
-    for stage in study.plan(made, tmp_path):
+    for stage in plan(made, tmp_path):
         assert set(stage.after) <= seen
         seen.add(stage.key)
     runs = {"sft", *DOMAINS, "mixed", "distill"}
     assert seen == runs | {"merges", "samples", "merge_samples", "weights", "report"} | ANALYSES
-    configs = study.training_configs(study.Seed(made, 3, tmp_path))
+    configs = training_configs(Seed(made, 3, tmp_path))
     assert all(c.seed == 3 and c.data.eval == () for c in configs.values())
-    models = study.Seed(made, 3, tmp_path).models
+    models = Seed(made, 3, tmp_path).models
     assert {d.name: d.teacher for d in configs["distill"].domain} == {d: models[d] for d in DOMAINS}
     assert all([d.name for d in configs[name].domain] == [name] for name in DOMAINS)
 
 
 def test_the_mixed_run_has_the_prompts_of_all_experts_together(made, tmp_path):
-    configs = study.training_configs(study.Seed(dataclasses.replace(made, scale=1.0), 0, tmp_path))
+    configs = training_configs(Seed(dataclasses.replace(made, scale=1.0), 0, tmp_path))
     assert configs["mixed"].train.steps == sum(configs[d].train.steps for d in DOMAINS)
     assert len({c.rollout.prompts_per_step for c in configs.values() if c.algorithm == "grpo"}) == 1
 
@@ -78,8 +85,8 @@ def test_a_changed_setting_redoes_exactly_what_depends_on_it(made, tmp_path):
 
 
 def test_several_seeds_are_several_studies_and_one_report(made, tmp_path):
-    one = study.plan(made, tmp_path)
-    stages = study.plan(dataclasses.replace(made, seeds=(0, 1, 2)), tmp_path)
+    one = plan(made, tmp_path)
+    stages = plan(dataclasses.replace(made, seeds=(0, 1, 2)), tmp_path)
     assert len(stages) == 3 * (len(one) - 1) + 1
     assert {s.key.split("/")[0] for s in stages} == {"seed0", "seed1", "seed2", "report"}
     assert len(stages[-1].after) == 12 and all(a.startswith(s.key.split("/")[0]) for s in stages[:-1] for a in s.after)
@@ -89,9 +96,9 @@ def test_a_given_checkpoint_is_not_trained_and_its_weights_decide_what_is_redone
     for seed, name in enumerate(("sft", "math")):
         embedded.save(tmp_path / name, seed)
     given = with_run(with_run(made, "sft", checkpoint=str(tmp_path / "sft")), "math", checkpoint=str(tmp_path / "math"))
-    before = digests(study.verify(given, "test"), tmp_path)
+    before = digests(verify(given, "test"), tmp_path)
     assert not {"sft", "math"} & set(before) and {"code", "mixed", "merges"} < set(before)
-    assert study.Seed(given, 0, tmp_path).models["math"] == str(tmp_path / "math")
+    assert Seed(given, 0, tmp_path).models["math"] == str(tmp_path / "math")
     embedded.save(tmp_path / "math", 5)
     assert {"merges", "samples"} < changed(before, digests(given, tmp_path))
     assert "code" not in changed(before, digests(given, tmp_path))
@@ -101,11 +108,11 @@ def test_coefficients_are_never_chosen_on_problems_of_the_report(made, tmp_path)
     """The validation prompts come from the training stream, after all that the mixed run draws."""
     from m2rl.domains import procedural
 
-    s = study.Seed(made, 0, tmp_path)
-    found = study_stages.validation_prompts(s, embedded.build_tokenizer())
+    s = Seed(made, 0, tmp_path)
+    found = validation_prompts(s, embedded.build_tokenizer())
     assert {d: len({p.text for p in found[d]}) for d in DOMAINS} == dict.fromkeys(DOMAINS, made.validation.problems)
     texts = {p.text.removeprefix("<bos>").removesuffix("\n") for d in DOMAINS for p in found[d]}
-    steps = study_stages.validation_config(made).train.steps
+    steps = validation_config(made).train.steps
     stream = {procedural.problem("if", 0, i).prompt for i in range(4 * steps, 4 * steps + 100)}
     assert {p.text.removeprefix("<bos>").removesuffix("\n") for p in found["if"]} < stream
     assert not any(procedural.held_out(text) for text in texts)
@@ -129,25 +136,25 @@ def test_coefficients_are_never_chosen_on_problems_of_the_report(made, tmp_path)
             "merge.ta: choosing from a list needs run mixed's config",
         ),
         (lambda s: dataclasses.replace(s, merge={}), "no merge is named"),
-        (lambda s: dataclasses.replace(s, analyses=study.Analyses(("tie",))), "analyses.merges: no merge"),
-        (lambda s: dataclasses.replace(s, sampling=study.Sampling()), "sampling.benchmarks names none"),
+        (lambda s: dataclasses.replace(s, analyses=Analyses(("tie",))), "analyses.merges: no merge"),
+        (lambda s: dataclasses.replace(s, sampling=Sampling()), "sampling.benchmarks names none"),
         (lambda s: dataclasses.replace(s, seeds=(1, 1)), "seeds must differ"),
         (lambda s: dataclasses.replace(s, scale=-1.0), "scale must be above 0"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_sentence(made, change, message):
     with pytest.raises(InputError, match=message):
-        study.verify(change(made), "my.toml")
+        verify(change(made), "my.toml")
 
 
 def test_what_cannot_work_is_refused_before_work(made, tmp_path):
     embedded.save(tmp_path / "sft", 0)
     made = with_run(made, "sft", checkpoint=str(tmp_path / "sft"))
-    study.preflight(made, tmp_path)
+    preflight(made, tmp_path)
 
     def refused(changed, message):
         with pytest.raises(InputError, match=message):
-            study.preflight(changed, tmp_path)
+            preflight(changed, tmp_path)
 
     refused(with_run(made, "math", checkpoint=str(tmp_path / "nowhere")), "run math: checkpoint .*nowhere")
     tiny.model("llama").save_pretrained(tmp_path / "llama")
@@ -174,33 +181,33 @@ def test_what_cannot_work_is_refused_before_work(made, tmp_path):
 
 def test_only_asks_for_what_is_missing(made, tmp_path):
     with pytest.raises(InputError, match="stage merges needs sft, which is not done"):
-        study.run(made, tmp_path, [], ["merges"])
+        run(made, tmp_path, [], ["merges"])
     with pytest.raises(InputError, match=r"--only: no stage sfr \(there are: sft"):
-        study.run(made, tmp_path, [], ["sfr"])
+        run(made, tmp_path, [], ["sfr"])
 
 
 def test_two_studies_do_not_work_in_one_folder(made, tmp_path):
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another study is at work in"):
-            study.run(made, tmp_path, [], ["sft"])
+            run(made, tmp_path, [], ["sft"])
 
 
 def test_a_finished_stage_is_known_by_its_hash_and_old_files_go_when_inputs_change(made, tmp_path):
-    stages = study.plan(made, tmp_path)
-    found, first = study.digests_of(stages), stages[0]
-    assert not study.finished(tmp_path, first, found)
+    stages = plan(made, tmp_path)
+    found, first = digests_of(stages), stages[0]
+    assert not finished(tmp_path, first, found)
     (tmp_path / "stages").mkdir()
-    study.marker(tmp_path, "sft").write_text(json.dumps({"digest": found["sft"], "seconds": 1.0}))
-    assert study.finished(tmp_path, first, found)
-    study.marker(tmp_path, "sft").write_text(json.dumps({"digest": "another", "seconds": 1.0}))
-    assert not study.finished(tmp_path, first, found)
+    marker(tmp_path, "sft").write_text(json.dumps({"digest": found["sft"], "seconds": 1.0}))
+    assert finished(tmp_path, first, found)
+    marker(tmp_path, "sft").write_text(json.dumps({"digest": "another", "seconds": 1.0}))
+    assert not finished(tmp_path, first, found)
     (tmp_path / "sft").mkdir()
-    study.clear(tmp_path, first, "now")
+    clear(tmp_path, first, "now")
     (tmp_path / "sft").mkdir()
-    study.clear(tmp_path, first, "now")  # an interrupted attempt at the same
+    clear(tmp_path, first, "now")  # an interrupted attempt at the same
     assert (tmp_path / "sft").is_dir()
-    study.clear(tmp_path, first, "changed")
+    clear(tmp_path, first, "changed")
     assert not (tmp_path / "sft").exists()
 
 
@@ -277,7 +284,7 @@ def test_the_full_size_form_runs_on_given_checkpoints_under_torchrun(tmp_path, c
     """Up to the samples of all models; the analyses of a study run in CI."""
     config, out = full_size_form(tmp_path), tmp_path / "out"
     argv = ["--config", config, "--out", str(out)]
-    assert study.main([*argv, "--dry-run"]) == 0
+    assert main([*argv, "--dry-run"]) == 0
     planned = capsys.readouterr().out
     assert "given" in planned and "GPU hours" in planned and not out.exists()
     argv += ["--only", "distill", "merges", "samples", "merge_samples"]
@@ -288,7 +295,7 @@ def test_the_full_size_form_runs_on_given_checkpoints_under_torchrun(tmp_path, c
     assert names == {"sft", "math", "if", "mixed", "ta", "ties", "distill"}
     rows = [json.loads(line) for line in (out / "samples" / "ties.jsonl").read_text().splitlines()]
     assert {r["domain"] for r in rows} == {"math", "if"} and {len(r["response_tokens"]) > 0 for r in rows} == {True}
-    assert study.main(argv) == 0
+    assert main(argv) == 0
     assert "4 of 9 stages are done; to do: none" in capsys.readouterr().out
 
 
@@ -321,7 +328,7 @@ def test_a_stage_that_fails_names_its_last_words_and_its_log(tmp_path):
     (tmp_path / "rows.jsonl").write_text("no JSON at all\n")
     broken = f'algorithm = "sft"\n[model]\npath = "embedded"\n[data]\ntrain = ["{tmp_path}/rows.jsonl"]\n'
     (tmp_path / "broken.toml").write_text(broken)
-    text = Path(study.__file__).with_name("configs").joinpath("study_embedded.toml").read_text()
+    text = resources.files("m2rl.configs").joinpath("study_embedded.toml").read_text()
     (tmp_path / "study.toml").write_text(text.replace('"embedded_sft"', f'"{tmp_path}/broken.toml"'))
     argv = [
         "--config",
