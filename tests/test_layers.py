@@ -37,6 +37,7 @@ LAYER = {  # a module may import its own layer and those below
     "merge_sweep": 6,
     "analyze": 6,
     "report": 7,
+    "comparison": 7,
     "findings": 7,
     "browser": 7,
     "study": 8,
