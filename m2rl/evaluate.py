@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from m2rl import benchmarks, published
 from m2rl.benchmarks import Benchmark
@@ -39,24 +39,13 @@ from m2rl.launch import process_group
 from m2rl.metrics import Display
 from m2rl.policy import Policy, load_model
 from m2rl.rollout.collect import Progress, collect
-from m2rl.rollout.engine import Engine
-from m2rl.rollout.native import NativeEngine
+from m2rl.rollout.engine import EVAL_STEP
+from m2rl.rollout.start import end_tokens, start_engine
 from m2rl.sample_log import SampleLog, fingerprint, weights_identity
 from m2rl.scores import BOOTSTRAP, Score, score_one
 from m2rl.types import InputError, Prompt, Sample
 
 Weights = str | Path | Mapping[str, Tensor] | Policy
-EVAL_STEP = -1  # evaluation draws from its own random stream, the same before, during and after training
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> set[int]:
-    """The tokens that end a response: the tokenizer's and the model's generation config's."""
-    listed = generation.eos_token_id if generation is not None else None
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    found = {i for i in ids if i is not None}
-    if not found:
-        raise InputError("neither the tokenizer nor generation_config.json names an end-of-sequence token")
-    return found
 
 
 class Evaluator:
@@ -96,27 +85,21 @@ class Evaluator:
             generation = GenerationConfig.from_pretrained(self.path)
         except OSError:
             generation = None
-        self.engine = self._build_engine(end_tokens(self.tokenizer, generation), whole_device)
+        end = end_tokens(self.tokenizer, generation)
+        self.engine = start_engine(self._fitted(whole_device), self.path, self.architecture, self.device, end)
         r = self.config.rollout
         self.pool = VerifierPool(workers=r.verifier_workers, deadline_s=r.verifier_timeout_s, sandbox=r.sandbox)
         self.pool.__enter__()
         self.version = 0
 
-    def _build_engine(self, end: set[int], whole_device: bool) -> Engine:
-        if self.config.rollout.engine == "native":
-            return NativeEngine(self.architecture, self.device, self.dtype, self.config.rollout.max_sequences, end)
-        from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
-
+    def _fitted(self, whole_device: bool) -> Config:
+        """The config with the lengths and the cache that vLLM is given on this device."""
         config = fitted(self.config, self.positions)
-        if whole_device and self.device.type == "cuda":
-            weights = sum(shape.numel() for shape in self.shapes.values()) * self.dtype.itemsize
-            config = dataclasses.replace(
-                config,
-                rollout=dataclasses.replace(
-                    config.rollout, kv_cache_gib=cache_gib(torch.cuda.mem_get_info(self.device)[0], weights)
-                ),
-            )
-        return VllmEngine(config, self.path, self.device, end)
+        if not whole_device or self.device.type != "cuda":
+            return config
+        weights = sum(shape.numel() for shape in self.shapes.values()) * self.dtype.itemsize
+        room = cache_gib(torch.cuda.mem_get_info(self.device)[0], weights)
+        return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=room))
 
     @property
     def positions(self) -> int:

@@ -35,17 +35,16 @@ from m2rl.command import exit_with, leader_speaks
 from m2rl.config import Config, build, check, differing_keys, load, read_config, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.domains.pool import VerifierPool
-from m2rl.evaluate import EVAL_STEP, end_tokens
 from m2rl.launch import Stopping, on_rank_0, process_group
 from m2rl.learner import Learner, added
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
 from m2rl.policy import Policy, load_model, shard
 from m2rl.rollout.carry import CarryOver
 from m2rl.rollout.collect import collect
-from m2rl.rollout.engine import Engine, Request, generate, sample_seed
+from m2rl.rollout.engine import EVAL_STEP, Engine, Request, generate, sample_seed
 from m2rl.rollout.memory import Parked, park
-from m2rl.rollout.native import NativeEngine
 from m2rl.rollout.sharing import Sharing
+from m2rl.rollout.start import end_tokens, start_engine
 from m2rl.safetensors_io import resolve_folder
 from m2rl.scores import Score, average, score
 from m2rl.telemetry import Energy, Phases, memory_gib, mfu
@@ -392,13 +391,8 @@ class Run:
         self.finish(before, after, phases, tokens, model)
 
     def build_engine(self) -> Engine:
-        r = self.config.rollout
         end = end_tokens(self.tokenizer, self.policy.model.generation_config)
-        if r.engine == "vllm":
-            from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
-
-            return VllmEngine(self.config, self.model_path, self.device, end)
-        return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end)
+        return start_engine(self.config, self.model_path, self.policy.config, self.device, end)
 
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
         phases = Phases()
