@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,6 +55,12 @@ class Packed:
         cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
         runs = tuple((len(list(run)), size) for size, run in itertools.groupby(sizes))
         return Packed(tokens.to(device), positions.to(device), cu.to(device), max(sizes, default=0), runs)
+
+    def targets(self, scored: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Of the tokens in `scored` [T] bool, never a sequence's first: ([N] int64 position whose hidden state predicts
+        it, [N] int64 its id)."""
+        at = torch.from_numpy(np.flatnonzero(scored)).to(self.tokens.device)
+        return at - 1, self.tokens[at]
 
 
 def packed_attention(

@@ -86,9 +86,8 @@ def scored_bins(
         if not chosen:
             continue
         packed = Packed.of([list(tokens) for tokens, _ in chosen], device)
-        mask = np.concatenate([np.asarray(m, dtype=bool) for _, m in chosen])
-        rows = torch.from_numpy(np.flatnonzero(mask)).to(device)
-        yield Scored(packed, rows - 1, packed.tokens[rows], members, [int(np.sum(m)) for _, m in chosen])
+        rows_N, targets_N = packed.targets(np.concatenate([np.asarray(m, dtype=bool) for _, m in chosen]))
+        yield Scored(packed, rows_N, targets_N, members, [int(np.sum(m)) for _, m in chosen])
 
 
 def sequence_of(sample: Sample) -> tuple[list[int], np.ndarray]:
