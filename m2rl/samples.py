@@ -51,13 +51,6 @@ def record(s: Sample, *, tokens: bool = False) -> dict[str, Any]:
     return out
 
 
-def current(row: dict[str, Any]) -> dict[str, Any]:
-    """A line as it is written today; m2rl.evaluate wrote `id`, and the question's fingerprint as `prompt`."""
-    if "id" in row and "prompt_id" not in row:
-        return {**row, "prompt_id": row["id"], "question": row.get("prompt", ""), "prompt": ""}
-    return row
-
-
 def sample_of(row: dict[str, Any], prompt: Prompt, where: str) -> Sample:
     """The sample of a line; without tokens where the line has none. InputError for a reward that is no number."""
     reward = row["reward"]
@@ -106,7 +99,6 @@ def _read(paths: Sequence[Path], tokens: bool, broken: Broken | None = None) -> 
     seen = Counter[str]()
     for path in paths:
         for where, row in read_records(path, broken=broken):
-            row = current(row)
             for key in ("domain", "prompt_id", "reward", *(("prompt_tokens", "response_tokens") if tokens else ())):
                 if key not in row:
                     raise InputError(f"{where}: key {key} is missing; it is needed to read this file as samples")
