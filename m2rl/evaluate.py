@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,10 +32,10 @@ from m2rl.config import Config, Model, Rollout, read_config
 from m2rl.data import files
 from m2rl.data.inspect import prompt_texts
 from m2rl.data.overlap import Index
+from m2rl.display import Display
 from m2rl.domains import procedural
 from m2rl.domains.pool import VerifierPool
 from m2rl.launch import process_group
-from m2rl.metrics import Display
 from m2rl.policy import Policy, load_model
 from m2rl.rollout.collect import Progress, collect
 from m2rl.rollout.engine import EVAL_STEP
@@ -45,6 +44,7 @@ from m2rl.sample_log import SampleLog, fingerprint, weights_identity
 from m2rl.scores import BOOTSTRAP, Score, score_one
 from m2rl.types import InputError, Prompt, Sample
 
+PROGRESS_EVERY_S = 30.0  # without a terminal; of this rank's samples
 Weights = str | Path | Mapping[str, Tensor] | Policy
 
 
@@ -392,9 +392,15 @@ def run(o: argparse.Namespace, wanted: Sequence[str], config: Config, device: to
                 if world > 1:
                     dist.barrier()
                 log.open()
-                watch = Watch(display, f"{name} {b.name}")
+                display.start(f"{name} {b.name}", every_s=PROGRESS_EVERY_S)
                 try:
-                    samples = evaluator.samples(b, seed=o.seed, known=log.known, on_sample=log.write, progress=watch)
+                    samples = evaluator.samples(
+                        b,
+                        seed=o.seed,
+                        known=log.known,
+                        on_sample=log.write,
+                        progress=lambda done, total: display.update(done, "samples", total),
+                    )
                 finally:
                     log.close()
                     display.stop()
@@ -439,25 +445,6 @@ class Table:
         (self.folder / "table.md").write_text(published.markdown(self.scores, self.apart))
         (self.folder / "table.csv").write_text(published.as_csv(self.scores))
         (self.folder / "table.html").write_text(published.as_html(self.scores, self.notes, self.apart))
-
-
-class Watch:
-    """Progress of one benchmark: a bar on a terminal, else a line every half minute. It counts this rank's samples."""
-
-    EVERY_S = 30.0
-
-    def __init__(self, display: Display, title: str):
-        self.display, self.title, self.started, self.said = display, title, False, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if not self.started:
-            self.started = True
-            self.display.start(self.title, total)
-        if self.display.bar is not None:
-            self.display.update(done, "")
-        elif time.monotonic() - self.said > self.EVERY_S:
-            self.said = time.monotonic()
-            self.display.say(f"{self.title}  {done:,} of {total:,} samples")
 
 
 def task_options(o: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from m2rl import checkpoint, embedded, metrics
 from m2rl.command import exit_with, leader_speaks
 from m2rl.config import Config, build, check, differing_keys, load, read_config, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
+from m2rl.display import Display
 from m2rl.domains.pool import VerifierPool
 from m2rl.launch import Stopping, on_rank_0, process_group
 from m2rl.learner import Learner, added
@@ -75,7 +76,7 @@ def train(config: Config, device: torch.device, stopping: Stopping) -> int:
         from m2rl.rollout.vllm import check_version
 
         check_version()  # before minutes of warm start or of loading a model
-    display = metrics.Display(checkpoint.rank() == 0)
+    display = Display(checkpoint.rank() == 0)
     wall: dict[str, float] = {}
     if config.warm_start:
         folder = config.folder / "warm_start"
@@ -122,7 +123,7 @@ def cached_model(folder: Path, config: Config) -> bool:
 class Run:
     """What SFT and GRPO share: the folder, the tokenizer, the policy, the learner, checkpoints and records."""
 
-    def __init__(self, config: Config, device: torch.device, stopping: Stopping, display: metrics.Display):
+    def __init__(self, config: Config, device: torch.device, stopping: Stopping, display: Display):
         self.config, self.device, self.stopping, self.display = config, device, stopping, display
         self.folder = config.folder
         self.world = dist.get_world_size() if dist.is_initialized() else 1

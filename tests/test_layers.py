@@ -11,6 +11,7 @@ LAYER = {  # a module may import its own layer and those below
     "configs": 0,
     "config": 0,
     "command": 0,
+    "display": 0,
     "domains": 1,
     "embedded": 2,
     "data": 2,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from m2rl.config import to_toml
-from m2rl.metrics import Display
+from m2rl.display import Display
 from m2rl.study.definition import Study
 from m2rl.study.plan import Seed, Stage, digests_of, finished, marker, plan, stage_folder, training_configs
 from m2rl.study.preflight import preflight
@@ -42,7 +42,7 @@ def run(study: Study, out: Path, argv: Sequence[str], only: Sequence[str] = ()) 
         for key in s.after:
             if key not in done and key not in coming:
                 raise InputError(f"stage {s.key} needs {key}, which is not done: name it as well, or leave out --only")
-    display, running = Display(True), list[Running]()
+    display, running = Display(), list[Running]()
     display.say(f"{len(done)} of {len(stages)} stages are done; to do: {', '.join(s.key for s in todo) or 'none'}")
     if not todo:
         return
@@ -62,7 +62,7 @@ def run(study: Study, out: Path, argv: Sequence[str], only: Sequence[str] = ()) 
         left = f", about {clock(gone * (1 - share) / share)} left" if 0.02 < share < 1 else ""
         return int(100 * share), f"{count - len(todo) - len(running)} of {count} stages, {clock(gone)}{left}"
 
-    display.start("study", 100, 0)
+    display.start("study", 100)
     try:
         while todo or running:
             for s in list(todo):
