@@ -80,7 +80,8 @@ def validation(s: Seed) -> Iterator[Judge]:
     """A judge of merged models: Avg@K per domain on prompts of the training data that come after all that the mixed run
     draws, so that the problems of the report have no part in any choice."""
     from m2rl.benchmarks import Benchmark
-    from m2rl.evaluate import Evaluator, score_one
+    from m2rl.evaluate import Evaluator
+    from m2rl.scores import score_one
 
     c = sampling_config(s.study)
     with Evaluator(s.models["sft"], c) as evaluator:

@@ -16,7 +16,7 @@ from commands import environment, torchrun
 
 from m2rl import embedded, published
 from m2rl.analyze.__main__ import main as analyze
-from m2rl.evaluate import main, model_name
+from m2rl.evaluate.__main__ import main, model_name
 from m2rl.samples import read_folder
 from m2rl.scores import Score
 from m2rl.types import InputError
