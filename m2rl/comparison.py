@@ -179,6 +179,10 @@ class Comparison:
             else Estimate(*t_interval([v[0] for v in found]), len(found), "seeds")
         )
 
+    def analysed(self, name: str) -> bool:
+        """Whether every seed has this analysis."""
+        return all(name in s.analyses for s in self.seeds)
+
     def mean(self, model: str, domain: str | None = None) -> Estimate:
         """Avg@K; a score lies in [0, 1], and so does its interval."""
         e = self.estimate(lambda at: at(model, domain))

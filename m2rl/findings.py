@@ -203,7 +203,7 @@ def _interference(c: Comparison) -> Finding:
 
 def _cost(c: Comparison) -> Finding:
     name, claim = "Mixing costs a third of separate training", "One mixed run needs 33.2% of the experts' device hours."
-    if any("efficiency" not in s.analyses for s in c.seeds):
+    if not c.analysed("efficiency"):
         return Finding(name, claim, "", UNTESTED, note="the efficiency analysis is missing")
     found = [s.analyses["efficiency"]["results"] for s in c.seeds]
     paper = found[0]["paper"]["mixed_over_experts_device_hours"]
@@ -233,7 +233,7 @@ def _footprints(c: Comparison) -> Finding:
         "overlap |A and B| / min(|A|, |B|) of the largest tenth of two experts' updates minus its expectation under "
         "independence > 0, mean over pairs; interval over tensors"
     )
-    if any("weights" not in s.analyses for s in c.seeds):
+    if not c.analysed("weights"):
         return Finding(name, claim, test, UNTESTED, note="the weights analysis is missing")
 
     def one(s: SeedResults) -> tuple[float, float, float, int, str]:
@@ -252,7 +252,7 @@ def _cosines(c: Comparison) -> Finding:
     name = "Weight shifts point the same way"
     claim = "After random projection, the updates of different experts have positive cosines."
     test = "mean cosine of all pairs of experts after random projection > 0; interval from the projection's variance"
-    if any("weights" not in s.analyses for s in c.seeds):
+    if not c.analysed("weights"):
         return Finding(name, claim, test, UNTESTED, note="the weights analysis is missing")
     if any(p["cosine"] is None for s in c.seeds for p in _pairs_of(c, s, "model")):
         return Finding(name, claim, test, UNTESTED, note="the weights of an expert did not move")
@@ -277,7 +277,7 @@ def _neighbours(c: Comparison) -> Finding:
     test = (
         "R² of accuracy on neighbour transfer minus R² on own-expert KL, domain means removed, > 0; policies resampled"
     )
-    if any("policies" not in s.analyses for s in c.seeds):
+    if not c.analysed("policies"):
         return Finding(name, claim, test, UNTESTED, note="the policies analysis is missing")
 
     def one(s: SeedResults) -> tuple[float, float, float, int, str]:
@@ -335,7 +335,7 @@ def _nearer(c: Comparison) -> Finding:
     name = "The mixed policy lies further from the experts"
     claim = "In KL, the mixed run diverges more from the single-task policies than the merge does."
     test = "KL to the domain's expert, mean over domains, mixed minus TIES > 0; standard errors over prompts"
-    if any("policies" not in s.analyses for s in c.seeds):
+    if not c.analysed("policies"):
         return Finding(name, claim, test, UNTESTED, note="the policies analysis is missing")
     if any({"ties", "mixed"} - set(s.analyses["policies"]["inputs"]["policies"]) for s in c.seeds):
         return Finding(name, claim, test, UNTESTED, note="needs the divergences of ties and mixed")
@@ -364,7 +364,7 @@ def _verification(c: Comparison) -> list[Finding]:
         UNTESTED,
         note="the verification analysis is missing",
     )
-    if any("verification" not in s.analyses for s in c.seeds):
+    if not c.analysed("verification"):
         return [Finding(name, claim, test, UNTESTED, note="the verification analysis is missing"), synergy]
 
     def rows(s: SeedResults, kind: str) -> dict[tuple[str, str, str], dict[str, Any]]:

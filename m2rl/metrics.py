@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from m2rl.command import whole_file
 from m2rl.config import Log
 from m2rl.objectives import GroupStats
 from m2rl.samples import record
@@ -141,9 +142,8 @@ def _truncate(path: Path, keep_to_step: int | None) -> None:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # the last line of a killed process
-    kept_file = path.with_suffix(".kept")
-    kept_file.write_text("".join(kept), encoding="utf-8")
-    kept_file.replace(path)
+    with whole_file(path) as file:
+        file.writelines(kept)
 
 
 def scores_table(before: Mapping[str, Score], after: Mapping[str, Score]) -> Table:

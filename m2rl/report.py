@@ -33,7 +33,7 @@ import numpy as np
 from m2rl import findings
 from m2rl.analyze.figures import CSS, NARROW, THEME, Figure, Series, chart, heat_map, label, paint
 from m2rl.analyze.output import PAPER
-from m2rl.command import exit_with
+from m2rl.command import exit_with, whole_file
 from m2rl.comparison import PAPER_NAMES, Comparison, Estimate, read, t_interval
 from m2rl.findings import Finding
 from m2rl.published import NINE, PUBLISHED
@@ -106,12 +106,11 @@ def write(
     kept = {"models": list(models), "domains": list(domains), "settings": dict(settings)}
     kept["folders"] = {str(s): os.path.relpath(f, out) for s, f in given.items()}
     (out / "report.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    partial = out / ".report.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    path = partial.rename(out / "report.html")
+    with whole_file(out / "report.html") as file:
+        file.write(text)
     if png:
         pictures(folder, [f.name for f in page.figures])
-    return path
+    return out / "report.html"
 
 
 def pictures(folder: Path, names: Sequence[str]) -> None:

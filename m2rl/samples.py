@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2rl.command import whole_file
 from m2rl.data.rows import Broken, read_records
 from m2rl.types import InputError, Prompt, Sample
 
@@ -72,15 +73,13 @@ def sample_of(row: dict[str, Any], prompt: Prompt, where: str) -> Sample:
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample], model: str = "") -> None:
-    """Samples with their tokens, written beside and renamed: the file is complete or absent."""
+    """Samples with their tokens; the file is complete or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as lines:
+    with whole_file(path) as lines:
         lines.writelines(
             json.dumps({"model": model, **record(s, tokens=True)}, ensure_ascii=False) + "\n" for s in samples
         )
-    partial.rename(path)
 
 
 def read_samples(path: str | Path, *, tokens: bool = True) -> list[Sample]:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m2rl import checkpoint, embedded, metrics
-from m2rl.command import exit_with, leader_speaks
+from m2rl.command import exit_with, leader_speaks, whole_file
 from m2rl.config import Config, build, check, differing_keys, load, read_config, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
 from m2rl.display import Display
@@ -39,7 +39,7 @@ from m2rl.domains.pool import VerifierPool
 from m2rl.launch import Stopping, on_rank_0, process_group
 from m2rl.learner import Learner, added
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
-from m2rl.policy import Policy, load_model, shard
+from m2rl.policy import Policy, load_model, reading_model, shard
 from m2rl.rollout.carry import CarryOver
 from m2rl.rollout.collect import collect
 from m2rl.rollout.engine import EVAL_STEP, Engine, Request, generate, sample_seed
@@ -149,12 +149,8 @@ class Run:
                 self.model_path = str(resolve_folder(config.model.path))
             except InputError as error:
                 raise InputError(f"model.path: {error}") from None
-        try:
+        with reading_model(f"model.path {self.model_path}: no usable tokenizer"):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"model.path {self.model_path}: no usable tokenizer ({str(error).splitlines()[0]})"
-            ) from None
 
     def _prepare_folder(self) -> None:
         """A fresh run moves what an earlier one left into previous/, a resumed one what came after its checkpoint;
@@ -594,9 +590,8 @@ class Run:
             **({"energy_j": joules} if joules is not None else {}),
         }
         if checkpoint.rank() == 0:
-            partial = self.folder / ".summary.json"
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
-            partial.replace(self.folder / "summary.json")
+            with whole_file(self.folder / "summary.json") as out:
+                out.write(json.dumps(summary, indent=1) + "\n")
 
     def finish(
         self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path

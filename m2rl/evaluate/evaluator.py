@@ -17,7 +17,7 @@ from m2rl.benchmarks import Benchmark
 from m2rl.config import Config, Model, Rollout, read_config
 from m2rl.domains import procedural
 from m2rl.domains.pool import VerifierPool
-from m2rl.policy import Policy, load_model
+from m2rl.policy import Policy, load_model, reading_model
 from m2rl.rollout.collect import Progress, collect
 from m2rl.rollout.engine import EVAL_STEP
 from m2rl.rollout.start import end_tokens, start_engine
@@ -48,12 +48,9 @@ class Evaluator:
         """
         self.config = config or Config()
         self.path = str(model)
-        try:
+        with reading_model(f"model {self.path}: not a Hugging Face model folder or id"):
             self.architecture = AutoConfig.from_pretrained(self.path)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"model {self.path}: not a Hugging Face model folder or id ({reason})") from None
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype: torch.dtype = getattr(torch, self.config.model.compute_dtype)
         with torch.device("meta"):
@@ -252,13 +249,9 @@ def evaluate_model(
 
 def architecture_key(model: str) -> str:
     """Equal for models that one engine and one set of encoded prompts can serve."""
-    try:
+    with reading_model(f"model {model}: not a Hugging Face model folder or id"):
         config = AutoConfig.from_pretrained(model).to_dict()
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {model}: not a Hugging Face model folder or id ({str(error).splitlines()[0]})"
-        ) from None
     shape = {
         k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
     }

@@ -22,6 +22,7 @@ def preflight(study: Study, out: Path) -> None:
     from m2rl.data.mixture import GENERATED
     from m2rl.evaluate import architecture_key
     from m2rl.merge import open_inputs
+    from m2rl.policy import reading_model
     from m2rl.safetensors_io import resolve_folder
 
     s = Seed(study, study.seeds[0], out)
@@ -49,10 +50,8 @@ def preflight(study: Study, out: Path) -> None:
     if path == "embedded":
         tokenizer = embedded.build_tokenizer()
     else:
-        try:
+        with reading_model(f"run sft: {path} has no usable tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"run sft: {path} has no usable tokenizer ({str(error).splitlines()[0]})") from None
     load_benchmarks(study, tokenizer)
 
 

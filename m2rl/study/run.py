@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from m2rl.command import whole_file
 from m2rl.config import to_toml
 from m2rl.display import Display
 from m2rl.study.definition import Study
@@ -179,10 +180,8 @@ def end(r: Running, wanted: str) -> float:
         lines = [line for line in r.log.read_text(errors="replace").splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("m2rl: ")] or lines or ["no output"]
         raise InputError(f"stage {r.stage.key} ended with status {r.process.returncode}: {said[-1]} (all: {r.log})")
-    path = marker(r.folder, r.stage.name)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"digest": wanted, "seconds": seconds}))
-    partial.rename(path)
+    with whole_file(marker(r.folder, r.stage.name)) as file:
+        file.write(json.dumps({"digest": wanted, "seconds": seconds}))
     return seconds
 
 

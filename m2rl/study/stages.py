@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from m2rl.command import exit_with
+from m2rl.command import exit_with, whole_file
 from m2rl.config import Config, read_config
 from m2rl.merge_sweep import Judge
 from m2rl.study.definition import Study, candidates
@@ -70,9 +70,8 @@ def merge_all(s: Seed) -> None:
                     progress=False,
                 )
                 chosen[name] = {"label": rows[0].label, "candidates": len(rows), "validation_mean": rows[0].mean}
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps(chosen, indent=1) + "\n")
-            partial.rename(note)
+            with whole_file(note) as file:
+                file.write(json.dumps(chosen, indent=1) + "\n")
 
 
 @contextlib.contextmanager
