@@ -8,7 +8,6 @@ Floor: 9 bytes a sample (reward read, advantage and live written) at a copy's ba
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -59,12 +58,4 @@ def test_group_advantages(benchmark, G, size):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", help="add the rows to this JSON file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(protocol.device_name(), protocol.versions())
-    table = [row for shape in shapes(options.full) for row in run(*shape, rounds=15)[0]]
-    if options.out:
-        protocol.save(options.out, table, "python " + " ".join(sys.argv))
+    protocol.main(lambda o: [row for shape in shapes(o.full) for row in run(*shape, rounds=15)[0]])

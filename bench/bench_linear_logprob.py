@@ -269,21 +269,13 @@ def test_linear_logprob(benchmark, N, V, H, mode):
     assert ours["error"]["logp"] <= 2e-5
 
 
+def measure(o: argparse.Namespace) -> list[dict]:
+    if not o.products:
+        return [row for shape in shapes(o.full) for mode in MODES for row in run(*shape, mode, o.full)]
+    if not torch.cuda.is_available():
+        sys.exit("--products needs an NVIDIA GPU: torch.cuda.is_available() is False")
+    return products()
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", help="add the rows to this JSON file")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--products", action="store_true", help="TFLOP/s of each product, on a GPU")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(protocol.device_name(), protocol.versions())
-    if options.products and not torch.cuda.is_available():
-        parser.error("--products needs an NVIDIA GPU: torch.cuda.is_available() is False")
-    table = (
-        products()
-        if options.products
-        else [row for shape in shapes(options.full) for mode in MODES for row in run(*shape, mode, options.full)]
-    )
-    if options.out:
-        protocol.save(options.out, table, "python " + " ".join(sys.argv))
+    protocol.main(measure, products="TFLOP/s of each product, on a GPU")

@@ -104,15 +104,13 @@ def test_pack(benchmark):
     assert all(e == 0 for e in rows[0]["error"].values())
 
 
+def measure(o: argparse.Namespace) -> list[dict]:
+    plans = [2048, 20_000, 100_000] if o.full else [2048, 100_000]
+    packs = [16384, 131072] if o.full else [16384]
+    return [row for n in plans for row in run_plan(n, rounds=15)[0]] + [
+        row for n in packs for row in run_pack(n, 15)[0]
+    ]
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", help="add the rows to this JSON file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(protocol.device_name(), protocol.versions())
-    sizes = [2048, 20_000, 100_000] if options.full else [2048, 100_000]
-    table = [row for n in sizes for row in run_plan(n, rounds=15)[0]]
-    table += [row for n in ([16384, 131072] if options.full else [16384]) for row in run_pack(n, 15)[0]]
-    if options.out:
-        protocol.save(options.out, table, "python " + " ".join(sys.argv))
+    protocol.main(measure)

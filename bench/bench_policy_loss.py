@@ -9,7 +9,6 @@ on a GPU this is below the cost of a launch for every usual N.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -82,12 +81,4 @@ def test_policy_loss(benchmark, N):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", help="add the rows to this JSON file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(protocol.device_name(), protocol.versions())
-    table = [row for N in shapes(options.full) for row in run(N, options.full, 30)[0]]
-    if options.out:
-        protocol.save(options.out, table, "python " + " ".join(sys.argv))
+    protocol.main(lambda o: [row for N in shapes(o.full) for row in run(N, o.full, 30)[0]])

@@ -22,9 +22,9 @@ import torch
 
 from m2rl import train
 from m2rl.config import Config, Data, Domain, Model, build, read_toml
+from m2rl.display import Display
 from m2rl.domains import procedural, verify
 from m2rl.launch import Stopping
-from m2rl.metrics import Display
 
 ROUNDS, WARMUP = 8, 2
 DOMAINS = (Domain("math", quota=8), Domain("if", quota=8))

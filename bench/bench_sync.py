@@ -9,7 +9,6 @@ to bfloat16: 6 a parameter; bfloat16 to bfloat16: 4) at the bandwidth of a copy,
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -107,18 +106,11 @@ def test_sync(benchmark, dtype):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", help="add the rows to this JSON file")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(protocol.device_name(), protocol.versions())
-    table = [
-        row
-        for name in shapes(options.full)
-        for dtype in (torch.float32, torch.bfloat16)
-        for row in run(name, dtype, 15)[0]
-    ]
-    if options.out:
-        protocol.save(options.out, table, "python " + " ".join(sys.argv))
+    protocol.main(
+        lambda o: [
+            row
+            for name in shapes(o.full)
+            for dtype in (torch.float32, torch.bfloat16)
+            for row in run(name, dtype, 15)[0]
+        ]
+    )

@@ -9,7 +9,6 @@ logits; both: two reads and one write) at the bandwidth of a copy of the same si
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -108,18 +107,8 @@ def test_token_logprob(benchmark, N, V, mode):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", help="add the rows to this JSON file")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(protocol.device_name(), protocol.versions())
-    table = [
-        row
-        for shape in shapes(options.full)
-        for mode in ("forward", "both")
-        for row in run(*shape, mode, options.full)[0]
-    ]
-    if options.out:
-        protocol.save(options.out, table, "python " + " ".join(sys.argv))
+    protocol.main(
+        lambda o: [
+            row for shape in shapes(o.full) for mode in ("forward", "both") for row in run(*shape, mode, o.full)[0]
+        ]
+    )

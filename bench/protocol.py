@@ -13,6 +13,7 @@ allocator's; CPU: resident, with freed pages returned first).
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -221,3 +222,19 @@ def save(path: str | Path, rows: list[dict], command: str) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*old, entry], indent=1) + "\n")
+
+
+def main(measure: Callable[[argparse.Namespace], list[dict]], **flags: str) -> None:
+    """The command of a bench: --full, --threads and further flags (name=help) for `measure`, whose rows go to --out."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true", help="all shapes")
+    parser.add_argument("--out", help="add the rows to this JSON file")
+    parser.add_argument("--threads", type=int, default=1)
+    for name, help in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=help)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(device_name(), versions())
+    rows = measure(options)
+    if options.out:
+        save(options.out, rows, "python " + " ".join(sys.argv))

@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from m2rl.command import exit_with
+from m2rl.command import exit_with, whole_file
 from m2rl.config import Config, Data, Domain
 from m2rl.data import Encoder, Row, eval_prompts, files, hub, read_records
 from m2rl.domains import THINK_END, check_spec, procedural
@@ -429,16 +429,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     o = parser.parse_args(argv)
     left_out, out, written = Counter[str](), Path(o.out), 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as lines:
-            for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
-                head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
-                lines.write(json.dumps(head | p.spec) + "\n")
-                written += 1
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)  # of rows that were refused
+    with whole_file(out) as lines:
+        for _, p in problems(o.name, o.data_file, o.seed, None, left_out):
+            head = {"id": f"{o.name}/{p.id}", "domain": p.domain, "benchmark": o.name, "prompt": p.prompt}
+            lines.write(json.dumps(head | p.spec) + "\n")
+            written += 1
     print(f"{out}  {written:,} problems of {o.name}")
     for reason, n in left_out.items():
         print(f"left out  {n:,}  {reason}")

@@ -1,5 +1,5 @@
-"""What every command does around its work, without torch: NAME=VALUE options, and errors as one line with an exit
-status."""
+"""What every command does around its work, without torch: NAME=VALUE options, files that are complete or absent, and
+errors as one line with an exit status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from m2rl.types import InputError
 
@@ -81,3 +81,15 @@ def named(values: Sequence[str], flag: str) -> dict[str, str]:
             raise InputError(f"{flag}: {name} is given twice")
         out[name] = value
     return out
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write that is complete or absent: written beside, renamed at the end, dropped on an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -269,7 +269,7 @@ RESUME_MAY_CHANGE = {
 
 
 def named_configs(studies: bool = False) -> list[str]:
-    """Configs of runs that ship with m2rl, or of studies (study_*.toml, m2rl/study.py)."""
+    """Configs of runs that ship with m2rl, or of studies (study_*.toml, m2rl/study/)."""
     shipped = [p.name[:-5] for p in resources.files("m2rl.configs").iterdir() if p.name.endswith(".toml")]
     return sorted(name for name in shipped if name.startswith("study_") == studies)
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from m2rl import metrics
 from m2rl.objectives import GroupStats, PolicyGradient, TeacherDivergence, TrainRow, to_rows
-from m2rl.policy import Policy, load_weights
+from m2rl.policy import Policy, load_weights, reading_model
 from m2rl.telemetry import Phases
 from m2rl.train import Run
 from m2rl.types import InputError, Sample, StepStats
@@ -38,13 +38,8 @@ def check_teachers(student: str, teacher_of: Mapping[str, str]) -> None:
 
     mine, vocabulary = read(student)
     for domain, folder in teacher_of.items():
-        try:
+        with reading_model(f"domain {domain}: teacher {folder} is not a Hugging Face model folder"):
             its, other = read(folder)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"domain {domain}: teacher {folder} is not a Hugging Face model folder ({reason})"
-            ) from None
         for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
             a, b = getattr(mine, key, None), getattr(its, key, None)
             if a != b:

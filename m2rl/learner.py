@@ -41,8 +41,7 @@ def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.dev
     nothing = TrainRow([0, 0], np.array([False, True]), 0.0, 0.0, -1, zero, zero, zero)
     chosen = [rows[i] for i in members] or [nothing]
     packed = Packed.of([r.tokens for r in chosen], device)
-    trained = np.concatenate([r.trained for r in chosen])
-    position = np.flatnonzero(trained)
+    position, targets = packed.targets(np.concatenate([r.trained for r in chosen]))
     counts = np.array([int(r.trained.sum()) for r in chosen])
     spread: dict[str, np.ndarray] = {
         "weight": np.array([r.weight for r in chosen], np.float32),
@@ -57,8 +56,7 @@ def make_bin(rows: Sequence[TrainRow], members: Sequence[int], device: torch.dev
             arrays[name] = np.concatenate(values)
     fields = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in arrays.items()}
     fields["cu_seqlens"] = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)).to(device)
-    target = torch.from_numpy(position).to(device)
-    return Bin(packed, target - 1, packed.tokens[target], fields, members)
+    return Bin(packed, position, targets, fields, members)
 
 
 def added(parts: Sequence[StepStats]) -> StepStats:
@@ -167,13 +165,8 @@ class Learner:
         for i, b in enumerate(bins):
             if isinstance(self.policy, FSDPModule):
                 self.policy.set_requires_gradient_sync(i == len(bins) - 1)
-            if objective.teacher is None:
-                logp, entropy = self.policy(b.packed, b.rows, b.targets, self.temperature, objective.with_entropy)
-            else:
-                with torch.no_grad():
-                    target = objective.teacher.features(b.packed, b.rows)
-                logp, entropy = self.policy(b.packed, b.rows, target, self.temperature, direction=objective.direction)
-            loss, stats = objective(logp, entropy, b.fields, len(self.domains))
+            values, entropy = objective.forward(self.policy, b.packed, b.rows, b.targets, self.temperature)
+            loss, stats = objective(values, entropy, b.fields, len(self.domains))
             loss.backward()
             loss_sum += loss.detach()
             stats_sum += stats

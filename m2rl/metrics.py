@@ -1,21 +1,18 @@
-"""What a run writes down and shows: metrics.jsonl and rollouts.jsonl always, TensorBoard or W&B when asked, a live
-console."""
+"""What a run writes down: metrics.jsonl and rollouts.jsonl, TensorBoard or W&B when asked, and its last table."""
 
 from __future__ import annotations
 
 import json
 import math
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from m2rl.command import whole_file
 from m2rl.config import Log
 from m2rl.objectives import GroupStats
 from m2rl.samples import record
@@ -145,53 +142,8 @@ def _truncate(path: Path, keep_to_step: int | None) -> None:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # the last line of a killed process
-    kept_file = path.with_suffix(".kept")
-    kept_file.write_text("".join(kept), encoding="utf-8")
-    kept_file.replace(path)
-
-
-class Display:
-    """The console: one progress bar with the reward of each domain, plain lines where there is no terminal."""
-
-    def __init__(self, active: bool):
-        self.active = active
-        self.console = Console(stderr=False, quiet=not active, highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.bar: Progress | None = None
-
-    def say(self, text: str) -> None:
-        self.console.print(text)
-
-    def start(self, title: str, total: int, done: int = 0) -> None:
-        self.title, self.total = title, total
-        if not self.active:
-            return
-        if not self.console.is_terminal:
-            return
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            refresh_per_second=4,
-        )
-        self.task = self.bar.add_task(title, total=total, completed=done, note="")
-        self.bar.start()
-
-    def update(self, done: int, note: str) -> None:
-        if not self.active:
-            return
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, note=note)
-        elif done == self.total or done % max(self.total // 10, 1) == 0:
-            self.console.print(f"{self.title} {done}/{self.total}  {note}")
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+    with whole_file(path) as file:
+        file.writelines(kept)
 
 
 def scores_table(before: Mapping[str, Score], after: Mapping[str, Score]) -> Table:

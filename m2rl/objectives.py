@@ -20,7 +20,7 @@ from m2rl_kernels.policy_loss import STATS, policy_loss
 from torch import Tensor
 
 from m2rl.config import Objective
-from m2rl.policy import Policy
+from m2rl.policy import Packed, Policy
 from m2rl.types import Sample
 
 
@@ -130,24 +130,19 @@ def to_rows(
 
 
 class ObjectiveFn(Protocol):
-    """What the learner differentiates: (loss, [segments, STATS] sums) of a bin's N trained tokens."""
+    """What the learner differentiates, for the N trained tokens of a bin."""
 
-    @property
-    def with_entropy(self) -> bool:
-        """Whether the policy's entropy has to be computed."""
+    def forward(
+        self, policy: Policy, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is wanted of the policy: ([N] log-probabilities or divergences in nats, [N] entropies or None)."""
         ...
-
-    @property
-    def teacher(self) -> Policy | None:
-        """If given, `logp` is the KL to it at every token, in `direction`."""
-        ...
-
-    @property
-    def direction(self) -> Literal["reverse", "forward"]: ...
 
     def __call__(
-        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
-    ) -> tuple[Tensor, Tensor]: ...
+        self, values: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, [segments, STATS] sums) of what `forward` gave."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -155,16 +150,19 @@ class PolicyGradient:
     """The GRPO family: clipped ratios, truncated importance sampling, KL to a reference, entropy bonus."""
 
     options: Objective
-    teacher: Policy | None = None
-    direction: Literal["reverse", "forward"] = "reverse"
-    with_entropy: bool = True  # always a metric; its gradient is computed only when the bonus asks for it
+
+    def forward(
+        self, policy: Policy, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Entropy is always a metric; its gradient is computed only when the bonus asks for it."""
+        return policy(packed, rows_N, targets_N, temperature)
 
     def __call__(
-        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+        self, values: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
     ) -> tuple[Tensor, Tensor]:
         o = self.options
         return policy_loss(
-            logp,
+            values,
             fields.get("behaviour_logp"),
             fields["advantage"],
             fields["weight"],
@@ -189,48 +187,49 @@ class PolicyGradient:
 class Supervised:
     """SFT: weight_t * -log p(token_t)."""
 
-    teacher: Policy | None = None
-    direction: Literal["reverse", "forward"] = "reverse"
-    with_entropy: bool = False
+    def forward(
+        self, policy: Policy, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        return policy(packed, rows_N, targets_N, temperature, with_entropy=False)
 
     def __call__(
-        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+        self, values: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
     ) -> tuple[Tensor, Tensor]:
-        return policy_loss(
-            logp,
-            None,
-            fields["advantage"],
-            fields["weight"],
-            kind="reinforce",
-            tis_cap=None,
-            segment=fields["domain"],
-            n_segments=segments,
-        )
+        return _weighted(-1.0, values, fields, segments)
 
 
 @dataclass(frozen=True)
 class TeacherDivergence:
     """Distillation over the whole vocabulary: weight_t * KL_t between the policy and a teacher."""
 
-    teacher: Policy | None
+    teacher: Policy
     direction: Literal["reverse", "forward"]
-    with_entropy: bool = False
+
+    def forward(
+        self, policy: Policy, packed: Packed, rows_N: Tensor, targets_N: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            features = self.teacher.features(packed, rows_N)
+        return policy(packed, rows_N, features, temperature, direction=self.direction)
 
     def __call__(
-        self, logp: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
+        self, values: Tensor, entropy: Tensor | None, fields: dict[str, Tensor], segments: int
     ) -> tuple[Tensor, Tensor]:
-        """`logp` holds the divergences [N]: with advantage -1 the reinforce form is their weighted sum."""
-        minus_one = torch.full_like(fields["advantage"], -1.0)
-        return policy_loss(
-            logp,
-            None,
-            minus_one,
-            fields["weight"],
-            kind="reinforce",
-            tis_cap=None,
-            segment=fields["domain"],
-            n_segments=segments,
-        )
+        return _weighted(1.0, values, fields, segments)
+
+
+def _weighted(sign: float, values: Tensor, fields: dict[str, Tensor], segments: int) -> tuple[Tensor, Tensor]:
+    """The sum of sign * weight * value: the reinforce form with an advantage of -sign everywhere."""
+    return policy_loss(
+        values,
+        None,
+        torch.full_like(fields["advantage"], -sign),
+        fields["weight"],
+        kind="reinforce",
+        tis_cap=None,
+        segment=fields["domain"],
+        n_segments=segments,
+    )
 
 
 __all__ = [

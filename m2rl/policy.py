@@ -8,6 +8,7 @@ that are scored reach the head, and `linear_logprob` never forms [N, V] logits. 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,6 +56,12 @@ class Packed:
         cu = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
         runs = tuple((len(list(run)), size) for size, run in itertools.groupby(sizes))
         return Packed(tokens.to(device), positions.to(device), cu.to(device), max(sizes, default=0), runs)
+
+    def targets(self, scored: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Of the tokens in `scored` [T] bool, never a sequence's first: ([N] int64 position whose hidden state predicts
+        it, [N] int64 its id)."""
+        at = torch.from_numpy(np.flatnonzero(scored)).to(self.tokens.device)
+        return at - 1, self.tokens[at]
 
 
 def packed_attention(
@@ -195,15 +203,20 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings().weight
 
 
+@contextlib.contextmanager
+def reading_model(refused: str) -> Iterator[None]:
+    """What transformers has against a folder or id as one sentence of the user's: `refused (its first line)`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(f"{refused} ({str(error).splitlines()[0]})") from None
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal LM from a folder or a hub id on disk, in `dtype` on the CPU; InputError if it cannot serve as a
     policy."""
-    try:
+    with reading_model(f"model.path {path}: not a Hugging Face model folder or id"):
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model.path {path}: not a Hugging Face model folder or id ({str(error).splitlines()[0]})"
-        ) from None
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise InputError(f"model.path {path}: {name} is set; heads that transform their logits are not supported")

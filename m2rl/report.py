@@ -5,7 +5,7 @@
     write(out, models, domains, settings, {0: a, 1: b, 2: c}) several seeds: means and intervals over seeds
 
 Every number is computed here or read from the stages' files, none is typed in; every estimate stands with its n and its
-95% interval (m2rl/findings.py). Figures are the SVG of m2rl/analyze/figures.py, drawn for a laptop and for a phone;
+95% interval (m2rl/comparison.py). Figures are the SVG of m2rl/analyze/figures.py, drawn for a laptop and for a phone;
 report.js adds values under the pointer, series to hide and files to save, and the page reads the same without it. A
 content security policy forbids the page to load anything.
 """
@@ -33,8 +33,9 @@ import numpy as np
 from m2rl import findings
 from m2rl.analyze.figures import CSS, NARROW, THEME, Figure, Series, chart, heat_map, label, paint
 from m2rl.analyze.output import PAPER
-from m2rl.command import exit_with
-from m2rl.findings import Comparison, Estimate, Finding
+from m2rl.command import exit_with, whole_file
+from m2rl.comparison import PAPER_NAMES, Comparison, Estimate, read, t_interval
+from m2rl.findings import Finding
 from m2rl.published import NINE, PUBLISHED
 from m2rl.published import title as benchmark_title
 from m2rl.types import InputError, Sample
@@ -59,7 +60,7 @@ def write(
     InputError for a missing stage, or models that were not scored on the same problems."""
     out = Path(out)
     given = {int(s): Path(f) for s, f in (folders or {int(settings.get("seed", 0)): out}).items()}
-    c = Comparison([findings.read(f, models, s) for s, f in given.items()], models, domains)
+    c = Comparison([read(f, models, s) for s, f in given.items()], models, domains)
     checked = findings.check(c)
     findings.analysis(c, checked).write(out / "analysis")
     page = _Page(c)
@@ -105,12 +106,11 @@ def write(
     kept = {"models": list(models), "domains": list(domains), "settings": dict(settings)}
     kept["folders"] = {str(s): os.path.relpath(f, out) for s, f in given.items()}
     (out / "report.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    partial = out / ".report.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    path = partial.rename(out / "report.html")
+    with whole_file(out / "report.html") as file:
+        file.write(text)
     if png:
         pictures(folder, [f.name for f in page.figures])
-    return path
+    return out / "report.html"
 
 
 def pictures(folder: Path, names: Sequence[str]) -> None:
@@ -297,7 +297,7 @@ def scores(c: Comparison, page: _Page) -> str:
 
 def published(c: Comparison) -> str:
     """The paper's table: beside ours where the benchmark is the same, else by itself."""
-    names = {m: findings.PAPER_NAMES[m] for m in c.models if m in findings.PAPER_NAMES}
+    names = {m: PAPER_NAMES[m] for m in c.models if m in PAPER_NAMES}
     same = [b for b in c.benchmarks if b in NINE]
     if same:
         rows = []
@@ -469,7 +469,7 @@ def curve(folder: Path, domain: str) -> tuple[np.ndarray, np.ndarray, np.ndarray
     seen = np.cumsum([n for _, n in values])
     parts = np.array_split(np.arange(len(values)), max(1, min(BINS, len(values) // 3)))
     reward = np.array([v for v, _ in values])
-    ends = np.array([findings.t_interval(reward[p].tolist()) for p in parts])
+    ends = np.array([t_interval(reward[p].tolist()) for p in parts])
     return np.array([seen[p].mean() for p in parts]), ends[:, 0], ends[:, 2] - ends[:, 0]
 
 
@@ -486,7 +486,7 @@ def learning(c: Comparison, page: _Page) -> str:
             x, y = (np.mean([f[i][:size] for f in found], axis=0) for i in (0, 1))
             half = found[0][2]
             if len(found) > 1:
-                ends = [findings.t_interval([f[1][i] for f in found]) for i in range(size)]
+                ends = [t_interval([f[1][i] for f in found]) for i in range(size)]
                 low, high = [v[1] for v in ends], [v[2] for v in ends]
             else:
                 low, high = (y - half).clip(0, 1).tolist(), (y + half).clip(0, 1).tolist()
@@ -679,7 +679,7 @@ def mean_figure(figures: Sequence[Figure]) -> Figure | None:
                 )
             )
             continue
-        ends = [findings.t_interval([m.y[j] for m in mine]) for j in range(len(s.y))]
+        ends = [t_interval([m.y[j] for m in mine]) for j in range(len(s.y))]
         mean, low, high = ([v[k] for v in ends] for k in (0, 1, 2))
         stacked = first.kind == "stacked"  # their ends are sums of parts: an interval has no place there
         series.append(Series(s.name, s.x, mean, *(() if stacked else (low, high))))
@@ -734,7 +734,7 @@ def costs(c: Comparison, page: _Page) -> str:
         return None if not found or None in found else float(np.mean(found))
 
     def hours(i: int) -> tuple[float, float, float]:
-        return findings.t_interval([x["tables"]["runs"][i]["device_hours"] * 60 for x in contents])
+        return t_interval([x["tables"]["runs"][i]["device_hours"] * 60 for x in contents])
 
     rows = []
     for r in runs:
@@ -765,7 +765,7 @@ def costs(c: Comparison, page: _Page) -> str:
         ratios = [x["results"]["ratios"].get(f"{what}_over_experts_device_hours") for x in contents]
         if None in ratios:
             continue
-        value, low, high = findings.t_interval(ratios)
+        value, low, high = t_interval(ratios)
         spread = f" [{low:.0%}, {high:.0%}] over {len(ratios)} seeds" if len(ratios) > 1 else " (one seed, no interval)"
         steps = float(np.mean([x["results"]["ratios"][f"{what}_over_experts_steps"] for x in contents]))
         lines.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 from m2rl.benchmarks import Benchmark
 from m2rl.data import read_records
-from m2rl.samples import current, record, sample_of
+from m2rl.samples import record, sample_of
 from m2rl.types import InputError, Prompt, Sample
 
 
@@ -42,7 +42,7 @@ class SampleLog:
         self.known: dict[tuple[str, int], Sample] = {}
         for path in sorted(folder.glob("samples.*.jsonl")):
             for where, row in read_records(path, broken=lambda where, error: None):  # the last line of a killed process
-                self._take(current(row), prompts, where)
+                self._take(row, prompts, where)
 
     def _take(self, row: dict[str, Any], prompts: Mapping[str, Prompt], where: str) -> None:
         prompt = prompts.get(row.get("prompt_id", ""))

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2rl.command import whole_file
 from m2rl.data.rows import Broken, read_records
 from m2rl.types import InputError, Prompt, Sample
 
@@ -51,13 +52,6 @@ def record(s: Sample, *, tokens: bool = False) -> dict[str, Any]:
     return out
 
 
-def current(row: dict[str, Any]) -> dict[str, Any]:
-    """A line as it is written today; m2rl.evaluate wrote `id`, and the question's fingerprint as `prompt`."""
-    if "id" in row and "prompt_id" not in row:
-        return {**row, "prompt_id": row["id"], "question": row.get("prompt", ""), "prompt": ""}
-    return row
-
-
 def sample_of(row: dict[str, Any], prompt: Prompt, where: str) -> Sample:
     """The sample of a line; without tokens where the line has none. InputError for a reward that is no number."""
     reward = row["reward"]
@@ -79,15 +73,13 @@ def sample_of(row: dict[str, Any], prompt: Prompt, where: str) -> Sample:
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample], model: str = "") -> None:
-    """Samples with their tokens, written beside and renamed: the file is complete or absent."""
+    """Samples with their tokens; the file is complete or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as lines:
+    with whole_file(path) as lines:
         lines.writelines(
             json.dumps({"model": model, **record(s, tokens=True)}, ensure_ascii=False) + "\n" for s in samples
         )
-    partial.rename(path)
 
 
 def read_samples(path: str | Path, *, tokens: bool = True) -> list[Sample]:
@@ -106,7 +98,6 @@ def _read(paths: Sequence[Path], tokens: bool, broken: Broken | None = None) -> 
     seen = Counter[str]()
     for path in paths:
         for where, row in read_records(path, broken=broken):
-            row = current(row)
             for key in ("domain", "prompt_id", "reward", *(("prompt_tokens", "response_tokens") if tokens else ())):
                 if key not in row:
                     raise InputError(f"{where}: key {key} is missing; it is needed to read this file as samples")

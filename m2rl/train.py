@@ -31,21 +31,21 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m2rl import checkpoint, embedded, metrics
-from m2rl.command import exit_with, leader_speaks
+from m2rl.command import exit_with, leader_speaks, whole_file
 from m2rl.config import Config, build, check, differing_keys, load, read_config, to_toml
 from m2rl.data import Mixture, eval_prompts, load_sources, quotas
+from m2rl.display import Display
 from m2rl.domains.pool import VerifierPool
-from m2rl.evaluate import EVAL_STEP, end_tokens
 from m2rl.launch import Stopping, on_rank_0, process_group
 from m2rl.learner import Learner, added
 from m2rl.objectives import GroupStats, PolicyGradient, Supervised, TrainRow, group_stats, to_rows, trained_mask
-from m2rl.policy import Policy, load_model, shard
+from m2rl.policy import Policy, load_model, reading_model, shard
 from m2rl.rollout.carry import CarryOver
 from m2rl.rollout.collect import collect
-from m2rl.rollout.engine import Engine, Request, generate, sample_seed
+from m2rl.rollout.engine import EVAL_STEP, Engine, Request, generate, sample_seed
 from m2rl.rollout.memory import Parked, park
-from m2rl.rollout.native import NativeEngine
 from m2rl.rollout.sharing import Sharing
+from m2rl.rollout.start import end_tokens, start_engine
 from m2rl.safetensors_io import resolve_folder
 from m2rl.scores import Score, average, score
 from m2rl.telemetry import Energy, Phases, memory_gib, mfu
@@ -76,7 +76,7 @@ def train(config: Config, device: torch.device, stopping: Stopping) -> int:
         from m2rl.rollout.vllm import check_version
 
         check_version()  # before minutes of warm start or of loading a model
-    display = metrics.Display(checkpoint.rank() == 0)
+    display = Display(checkpoint.rank() == 0)
     wall: dict[str, float] = {}
     if config.warm_start:
         folder = config.folder / "warm_start"
@@ -123,7 +123,7 @@ def cached_model(folder: Path, config: Config) -> bool:
 class Run:
     """What SFT and GRPO share: the folder, the tokenizer, the policy, the learner, checkpoints and records."""
 
-    def __init__(self, config: Config, device: torch.device, stopping: Stopping, display: metrics.Display):
+    def __init__(self, config: Config, device: torch.device, stopping: Stopping, display: Display):
         self.config, self.device, self.stopping, self.display = config, device, stopping, display
         self.folder = config.folder
         self.world = dist.get_world_size() if dist.is_initialized() else 1
@@ -149,12 +149,8 @@ class Run:
                 self.model_path = str(resolve_folder(config.model.path))
             except InputError as error:
                 raise InputError(f"model.path: {error}") from None
-        try:
+        with reading_model(f"model.path {self.model_path}: no usable tokenizer"):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_path)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"model.path {self.model_path}: no usable tokenizer ({str(error).splitlines()[0]})"
-            ) from None
 
     def _prepare_folder(self) -> None:
         """A fresh run moves what an earlier one left into previous/, a resumed one what came after its checkpoint;
@@ -392,13 +388,8 @@ class Run:
         self.finish(before, after, phases, tokens, model)
 
     def build_engine(self) -> Engine:
-        r = self.config.rollout
         end = end_tokens(self.tokenizer, self.policy.model.generation_config)
-        if r.engine == "vllm":
-            from m2rl.rollout.vllm import VllmEngine  # the only road to vllm
-
-            return VllmEngine(self.config, self.model_path, self.device, end)
-        return NativeEngine(self.policy.config, self.device, self.dtype, r.max_sequences, end)
+        return start_engine(self.config, self.model_path, self.policy.config, self.device, end)
 
     def grpo_step(self, step: int, objective: PolicyGradient, reference: Policy | None) -> tuple[StepStats, Phases]:
         phases = Phases()
@@ -599,9 +590,8 @@ class Run:
             **({"energy_j": joules} if joules is not None else {}),
         }
         if checkpoint.rank() == 0:
-            partial = self.folder / ".summary.json"
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
-            partial.replace(self.folder / "summary.json")
+            with whole_file(self.folder / "summary.json") as out:
+                out.write(json.dumps(summary, indent=1) + "\n")
 
     def finish(
         self, before: dict[str, Score], after: dict[str, Score], phases: Phases, tokens: int, model: Path

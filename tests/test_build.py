@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,3 +28,9 @@ def test_the_cpu_library_links_neither_torch_nor_python():
     library = ROOT / "kernels" / "m2rl_kernels" / "libm2rl_cpu.so"
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
     assert "torch" not in needed and "python" not in needed
+
+
+def test_an_installation_has_every_package_of_the_tree():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "m2rl").rglob("__init__.py")}
+    assert set(listed) == there | {"m2rl_kernels"}

@@ -11,6 +11,7 @@ LAYER = {  # a module may import its own layer and those below
     "configs": 0,
     "config": 0,
     "command": 0,
+    "display": 0,
     "domains": 1,
     "embedded": 2,
     "data": 2,
@@ -38,11 +39,11 @@ LAYER = {  # a module may import its own layer and those below
     "merge_yaml": 6,
     "merge_sweep": 6,
     "analyze": 6,
-    "study": 7,
-    "study_stages": 8,
     "report": 7,
+    "comparison": 7,
     "findings": 7,
     "browser": 7,
+    "study": 8,
 }
 
 

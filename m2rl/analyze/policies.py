@@ -43,7 +43,7 @@ from m2rl.command import named
 from m2rl.config import Config
 from m2rl.evaluate import Evaluator
 from m2rl.objectives import trained_mask
-from m2rl.policy import Packed, Policy, load_model
+from m2rl.policy import Packed, Policy, load_model, reading_model
 from m2rl.samples import find, read_folder
 from m2rl.types import InputError, Sample
 
@@ -86,9 +86,8 @@ def scored_bins(
         if not chosen:
             continue
         packed = Packed.of([list(tokens) for tokens, _ in chosen], device)
-        mask = np.concatenate([np.asarray(m, dtype=bool) for _, m in chosen])
-        rows = torch.from_numpy(np.flatnonzero(mask)).to(device)
-        yield Scored(packed, rows - 1, packed.tokens[rows], members, [int(np.sum(m)) for _, m in chosen])
+        rows_N, targets_N = packed.targets(np.concatenate([np.asarray(m, dtype=bool) for _, m in chosen]))
+        yield Scored(packed, rows_N, targets_N, members, [int(np.sum(m)) for _, m in chosen])
 
 
 def sequence_of(sample: Sample) -> tuple[list[int], np.ndarray]:
@@ -253,12 +252,9 @@ def check_models(models: Mapping[str, Source]) -> None:
         if isinstance(source, Policy):
             sizes[name] = source.head.shape[0]
             continue
-        try:
+        with reading_model(f"model {name} ({source}): not a Hugging Face model folder or id"):
             sizes[name] = AutoConfig.from_pretrained(source).vocab_size
             vocabularies[name] = AutoTokenizer.from_pretrained(source).get_vocab()
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"model {name} ({source}): not a Hugging Face model folder or id ({reason})") from None
     first = next(iter(sizes))
     for name, size in sizes.items():
         if size != sizes[first]:

@@ -24,7 +24,6 @@ from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from m2rl.command import exit_with, named
@@ -32,6 +31,7 @@ from m2rl.data import blend
 from m2rl.data.inspect import DROPPABLE, DomainReport, examine, filter_rows
 from m2rl.data.overlap import Index
 from m2rl.data.rows import files, read_records
+from m2rl.display import Display
 from m2rl.types import InputError
 
 
@@ -106,15 +106,18 @@ T = TypeVar("T")
 
 def counted(items: Iterable[T], title: str) -> Iterator[T]:
     """The items, counted on the terminal as they pass."""
-    if not sys.stderr.isatty():
+    display = Display(stderr=True)
+    if not display.console.is_terminal:
         yield from items
         return
-    columns = TextColumn("{task.description}  {task.completed:,} rows"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task(title, total=None)
-        for item in items:
-            bar.advance(task)
+    display.start(title)
+    try:
+        for n, item in enumerate(items):
+            if n % 100 == 0:
+                display.update(n, "rows")
             yield item
+    finally:
+        display.stop()
 
 
 def convert(

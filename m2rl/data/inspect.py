@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from m2rl.command import whole_file
 from m2rl.data import blend
 from m2rl.data.overlap import Index
 from m2rl.data.rows import Row, files, normalise, read_records
@@ -166,14 +167,13 @@ def inspect(patterns: Sequence[str], **options: Any) -> dict[str, DomainReport]:
 
 def filter_rows(findings: Iterable[Finding], out: Path, keep: Sequence[str] = ()) -> int:
     """Write the rows without problems (of other kinds than `keep`) as JSONL, all or nothing; how many they are."""
-    partial, written = out.with_name(f".{out.name}.partial"), 0
+    written = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "w", encoding="utf-8") as lines:
+    with whole_file(out) as lines:
         for finding in findings:
             if finding.record is not None and all(kind in keep for kind, _ in finding.problems):
                 lines.write(json.dumps(finding.record, default=str) + "\n")
                 written += 1
-    partial.rename(out)
     return written
 
 

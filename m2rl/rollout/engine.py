@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+EVAL_STEP = -1  # evaluation draws from its own random stream, the same before, during and after training
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -87,4 +89,4 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[Finished]:
     return [done[request.id] for request in requests]
 
 
-__all__ = ["Engine", "Finished", "Request", "generate", "sample_seed"]
+__all__ = ["EVAL_STEP", "Engine", "Finished", "Request", "generate", "sample_seed"]

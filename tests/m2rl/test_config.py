@@ -25,6 +25,16 @@ def test_every_shipped_config_resolves_and_round_trips(name):
     assert build(Config, tomllib.loads(to_toml(config)), "copy") == config
 
 
+@pytest.mark.parametrize("name", ["code", "science", "if", "agent", "mixed", "mixed5"])
+def test_the_4b_runs_are_one_recipe(name):
+    """Every file is complete; what they must have in common is compared here."""
+    math, other = (load(["--config", f"qwen3_4b_{n}"])[0] for n in ("math", name))
+    own = {"data.train", "data.eval", "data.default_domain", "domain"}
+    longer_prompts = {"rollout.max_prompt_tokens", "train.tokens_per_bin"} if name in ("agent", "mixed5") else set()
+    assert set(differing_keys(math, other)) == own | longer_prompts
+    assert other.train.steps == (2 if name.startswith("mixed") else 1) * math.train.steps
+
+
 def test_dotted_overrides_reach_nested_keys_and_domains():
     config, dry_run = load(
         [

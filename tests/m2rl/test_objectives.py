@@ -198,7 +198,7 @@ def test_the_gradient_is_that_of_the_published_loss_in_float64(options):
         total = total + r.weight * (loss + o.kl_coef * kl - o.entropy_coef * entropy).sum()
     total.backward()
     want = torch.cat([p.grad.flatten() for p in exact.parameters()])
-    assert float(totals[0]) == pytest.approx(float(total), rel=1e-4)
+    assert float(totals[0]) == pytest.approx(total.item(), rel=1e-4)
     assert (gradient(made).double() - want).norm() / want.norm() < 1e-5
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from m2rl.config import Config, Rollout
 from m2rl.policy import Policy, load_model
-from m2rl.rollout.engine import Request, sample_seed
+from m2rl.rollout.engine import Request, generate, sample_seed
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
@@ -28,6 +29,7 @@ VOCAB = 101  # vLLM pads it to 128
 END = 1
 LONG = 300  # prompt tokens: two whole cache blocks of vLLM's (128 on the CPU), which a forgotten reset would reuse
 CLOSE = 1e-4  # nats, float32
+EACH = ["qwen3 tied", "qwen3 untied", "llama untied", "qwen2 tied"]
 
 
 def save(folder: Path, family: str = "qwen3", tied: bool = True) -> Path:
@@ -74,6 +76,30 @@ def unpacked() -> Iterator[None]:
         yield
     finally:
         layers.dispatch_cpu_unquantized_gemm = pack
+
+
+@contextlib.contextmanager
+def engines(
+    new_folder: Callable[[str], Path], around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> Iterator[Callable[[str, bool], tuple[Any, Policy]]]:
+    """start(family, tied) -> (engine, policy), synchronised once. One process may hold several engines."""
+    from m2rl.rollout.vllm import VllmEngine
+
+    made: dict[tuple[str, bool], tuple[Any, Policy]] = {}
+
+    def start(family: str, tied: bool) -> tuple[Any, Policy]:
+        if (family, tied) not in made:
+            folder = save(new_folder("model"), family, tied)
+            its = policy(folder)
+            with around():
+                engine = VllmEngine(CONFIG, str(folder), CPU, [END])
+            engine.sync(its, 0)
+            made[family, tied] = engine, its
+        return made[family, tied]
+
+    yield start
+    for engine, _ in made.values():
+        engine.close()
 
 
 def policy(folder: Path) -> Policy:
@@ -125,3 +151,30 @@ def worst(score: Callable[..., Tensor], asked, answers) -> float:
         float((score(r.tokens, a.tokens, r.temperature) - torch.tensor(a.logp)).abs().max())
         for r, a in zip(asked, answers)
     )
+
+
+def check_restored_weights_restore_the_output(engine: Any, policy: Policy) -> None:
+    asked = requests(6)
+    engine.sync(policy, 20)
+    first = generate(engine, asked)
+    before = perturb(policy, 5)
+    engine.sync(policy, 21)
+    other = generate(engine, asked)
+    restore(policy, before)
+    engine.sync(policy, 22)
+    again = generate(engine, asked)
+    assert [a.tokens for a in first] != [a.tokens for a in other]
+    assert [(a.tokens, a.logp) for a in first] == [(a.tokens, a.logp) for a in again]
+
+
+def check_a_forgotten_cache_reset_is_seen(engine: Any, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = requests(4, new=2)
+    engine.sync(policy, 30)
+    generate(engine, asked)
+    perturb(policy, 6)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_drop_prefix_cache", lambda: None)
+        engine.sync(policy, 31)
+        assert worst(transformers(policy), asked, generate(engine, asked)) > 100 * CLOSE
+    engine.sync(policy, 32)
+    assert worst(transformers(policy), asked, generate(engine, asked)) < CLOSE

@@ -9,11 +9,10 @@ import torch.distributed as dist
 
 from m2rl.launch import process_group
 from m2rl.rollout.carry import CarryOver
-from m2rl.rollout.collect import collect
 from m2rl.rollout.sharing import Sharing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "m2rl" / "rollout"))
-from test_collect import TOKENIZER, Pool, Scripted, prompt
+from test_collect import Scripted, rollout
 
 LENGTHS = range(2, 34)
 
@@ -39,19 +38,7 @@ def main(folder: str) -> None:
 
         def run(name, pull):
             engine = Timed(0.006 if rank == 0 else 0.001)
-            samples = collect(
-                engine,
-                Pool(),
-                TOKENIZER,
-                [prompt(k) for k in LENGTHS],
-                2,
-                seed=0,
-                step=0,
-                max_new_tokens=100,
-                temperature=1.0,
-                sharing=Sharing(pull),
-                ahead=8,
-            )
+            samples = rollout(engine, LENGTHS, sharing=Sharing(pull), ahead=8)
             mine = [None, None]
             dist.all_gather_object(mine, len(engine.started))
             assert all(s.status == "ok" for s in samples)
@@ -68,20 +55,7 @@ def main(folder: str) -> None:
             if step == 2:
                 carry.allowance = 0
             waiting = list(carry.places)
-            samples = collect(
-                engine,
-                Pool(),
-                TOKENIZER,
-                [prompt(k) for k in LENGTHS],
-                2,
-                seed=0,
-                step=step,
-                max_new_tokens=100,
-                temperature=1.0,
-                sharing=sharing,
-                ahead=8,
-                carry=carry,
-            )
+            samples = rollout(engine, LENGTHS, step=step, sharing=sharing, ahead=8, carry=carry)
             groups = [s.prompt.tokens[1] for s in samples if s.index == 0]
             old = len(waiting)
             all_ += [(s, LENGTHS[i]) for s, i in waiting] + [(step, k) for k in groups[old:]]

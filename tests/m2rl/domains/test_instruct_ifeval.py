@@ -1,9 +1,9 @@
 """The 25 IFEval constraints: for each, responses that satisfy it and responses that break it in one way each."""
 
 import pytest
+from constraint_cases import check, check_every_id_has_two_of_each_kind, rows
 
 from m2rl.domains import instruct
-from m2rl.domains.constraints import CONSTRAINTS
 
 ENGLISH = "the river was quiet and we walked along it until the lights of the town came on one by one"
 FRENCH = (
@@ -151,27 +151,14 @@ CASES = {
     "punctuation:no_comma": [({}, ["one; two", "one. two"], ["one, two", "1,000"])],
 }
 
-PASSING = [(id, kw, text) for id, rows in CASES.items() for kw, good, _ in rows for text in good]
-FAILING = [(id, kw, text) for id, rows in CASES.items() for kw, _, bad in rows for text in bad]
 
-
-@pytest.mark.parametrize(("id", "kwargs", "response"), PASSING)
-def test_satisfied(id, kwargs, response):
-    assert instruct.verify(response, {"constraints": [{"id": id, "kwargs": kwargs}]}).status == "ok"
-
-
-@pytest.mark.parametrize(("id", "kwargs", "response"), FAILING)
-def test_not_satisfied(id, kwargs, response):
-    verdict = instruct.verify(response, {"constraints": [{"id": id, "kwargs": kwargs}]})
-    assert (verdict.reward, verdict.status) == (0.0, "wrong")
-    assert id in verdict.detail
+@pytest.mark.parametrize(("id", "kwargs", "response", "good"), rows(CASES))
+def test_a_case(id, kwargs, response, good):
+    check(id, kwargs, response, good)
 
 
 def test_every_id_has_two_cases_of_each_kind():
-    assert len(CASES) == 25
-    assert CASES.keys() <= CONSTRAINTS.keys()
-    for cases in (PASSING, FAILING):
-        assert all(sum(id == other for other, _, _ in cases) >= 2 for id in CASES)
+    check_every_id_has_two_of_each_kind(CASES, 25)
 
 
 def test_language_detection_is_repeatable():

@@ -1,9 +1,9 @@
 """The 29 constraints of open-instruct: for each, responses that satisfy it and that break it in one way each."""
 
 import pytest
+from constraint_cases import check, check_every_id_has_two_of_each_kind, rows
 
 from m2rl.domains import instruct
-from m2rl.domains.constraints import CONSTRAINTS
 
 ASK = "Name a bird that sings."
 TWO_EACH = "Red owls sing. Old oaks bend.\n***\nWe walk home. You stay here.\n* * *\nRain fell hard. All was still."
@@ -138,27 +138,14 @@ CASES = {
     "count:count_unique": [({}, ["Owls sing. Oaks bend.", "one, two, three."], ["the owl and the oak", "No. Oh no!"])],
 }
 
-PASSING = [(id, kw, text) for id, rows in CASES.items() for kw, good, _ in rows for text in good]
-FAILING = [(id, kw, text) for id, rows in CASES.items() for kw, _, bad in rows for text in bad]
 
-
-@pytest.mark.parametrize(("id", "kwargs", "response"), PASSING)
-def test_satisfied(id, kwargs, response):
-    assert instruct.verify(response, {"constraints": [{"id": id, "kwargs": kwargs}]}).status == "ok"
-
-
-@pytest.mark.parametrize(("id", "kwargs", "response"), FAILING)
-def test_not_satisfied(id, kwargs, response):
-    verdict = instruct.verify(response, {"constraints": [{"id": id, "kwargs": kwargs}]})
-    assert (verdict.reward, verdict.status) == (0.0, "wrong")
-    assert id in verdict.detail
+@pytest.mark.parametrize(("id", "kwargs", "response", "good"), rows(CASES))
+def test_a_case(id, kwargs, response, good):
+    check(id, kwargs, response, good)
 
 
 def test_every_id_has_two_cases_of_each_kind():
-    assert len(CASES) == 29
-    assert CASES.keys() <= CONSTRAINTS.keys()
-    for cases in (PASSING, FAILING):
-        assert all(sum(id == other for other, _, _ in cases) >= 2 for id in CASES)
+    check_every_id_has_two_of_each_kind(CASES, 29)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 from m2rl import embedded, train
 from m2rl.learner import Learner
+from m2rl.rollout import start
 from m2rl.rollout.native import NativeEngine
 
 SMALL = ["--train.steps", "3", "--train.save-every", "1", "--evaluation.problems", "2", "--evaluation.k", "2"]
@@ -57,7 +58,7 @@ def engines(monkeypatch):
         made.append(Sleeping(*args))
         return made[-1]
 
-    monkeypatch.setattr(train, "NativeEngine", build)
+    monkeypatch.setattr(start, "NativeEngine", build)
     backward = Learner.backward
 
     def checked(self, *args, **kwargs):

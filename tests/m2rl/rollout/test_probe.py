@@ -6,6 +6,7 @@ import json
 import pytest
 
 from m2rl import embedded, train
+from m2rl.rollout import start
 from m2rl.rollout.native import NativeEngine
 from m2rl.types import InputError
 
@@ -57,7 +58,7 @@ class OneTensor(NativeEngine):
 
 @pytest.mark.parametrize("engine", [Stale, Hotter, OneTensor])
 def test_the_probe_ends_a_run_before_its_first_step(options, monkeypatch, engine, tmp_path):
-    monkeypatch.setattr(train, "NativeEngine", engine)
+    monkeypatch.setattr(start, "NativeEngine", engine)
     with pytest.raises(InputError, match=r"on 64 probe tokens at weight version 0: mean k3 .* \(limit 0.001\)"):
         train.main(options)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -65,13 +66,13 @@ def test_the_probe_ends_a_run_before_its_first_step(options, monkeypatch, engine
 
 def test_the_probe_is_repeated_on_resume(options, monkeypatch):
     assert train.main([*options, "--train.steps", "1"]) == 0
-    monkeypatch.setattr(train, "NativeEngine", Stale)
+    monkeypatch.setattr(start, "NativeEngine", Stale)
     with pytest.raises(InputError, match="probe tokens at weight version 1"):
         train.main(options)
 
 
 def test_drift_after_the_probe_raises_the_alarm_and_is_logged_by_domain(options, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "NativeEngine", Stale)
+    monkeypatch.setattr(start, "NativeEngine", Stale)
     monkeypatch.setattr(Stale, "ignored", 1)  # takes the first weights, none of the updated ones; every sample teaches
     embedded.save(tmp_path / "teacher", 1)
     teachers = [x for i in range(4) for x in (f"--domain.{i}.teacher", str(tmp_path / "teacher"))]

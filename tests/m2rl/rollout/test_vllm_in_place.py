@@ -25,26 +25,11 @@ LABELS = ["task_arithmetic-lambda0.5", "task_arithmetic-lambda1"]
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    from m2rl.rollout.vllm import VllmEngine
-
-    made = {}
-
-    def start(family: str, tied: bool):
-        if (family, tied) not in made:
-            folder = served.save(tmp_path_factory.mktemp("model"), family, tied)
-            policy = served.policy(folder)
-            with served.unpacked():
-                engine = VllmEngine(CONFIG, str(folder), CPU, [END])
-            engine.sync(policy, 0)
-            made[family, tied] = engine, policy
-        return made[family, tied]
-
-    yield start
-    for engine, _ in made.values():
-        engine.close()
+    with served.engines(tmp_path_factory.mktemp, served.unpacked) as start:
+        yield start
 
 
-@pytest.fixture(params=["qwen3 tied", "qwen3 untied", "llama untied", "qwen2 tied"])
+@pytest.fixture(params=served.EACH)
 def pair(request, started):
     family, head = request.param.split()
     return started(family, head == "tied")
@@ -89,32 +74,11 @@ def test_rows_of_the_fused_tensors_are_the_policys_bitwise(one):
 
 
 def test_restored_weights_restore_the_output_bitwise(pair):
-    engine, policy = pair
-    asked = requests(6)
-    engine.sync(policy, 20)
-    first = generate(engine, asked)
-    before = perturb(policy, 5)
-    engine.sync(policy, 21)
-    other = generate(engine, asked)
-    restore(policy, before)
-    engine.sync(policy, 22)
-    again = generate(engine, asked)
-    assert [a.tokens for a in first] != [a.tokens for a in other]
-    assert [(a.tokens, a.logp) for a in first] == [(a.tokens, a.logp) for a in again]
+    served.check_restored_weights_restore_the_output(*pair)
 
 
 def test_a_forgotten_prefix_cache_reset_would_be_seen(one, monkeypatch):
-    engine, policy = one
-    asked = requests(4, new=2)
-    engine.sync(policy, 30)
-    generate(engine, asked)
-    perturb(policy, 6)
-    with monkeypatch.context() as broken:
-        broken.setattr(engine, "_drop_prefix_cache", lambda: None)
-        engine.sync(policy, 31)
-        assert worst(served.transformers(policy), asked, generate(engine, asked)) > 100 * CLOSE
-    engine.sync(policy, 32)
-    assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+    served.check_a_forgotten_cache_reset_is_seen(*one, monkeypatch)
 
 
 def test_checksums_find_a_weight_that_did_not_arrive(one):

@@ -21,23 +21,8 @@ HANDLERS = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)  # 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """started(family, tied) -> (engine, policy), synchronised once. One process may hold several engines."""
-    from m2rl.rollout.vllm import VllmEngine
-
-    made = {}
-
-    def start(family: str, tied: bool):
-        if (family, tied) not in made:
-            folder = served.save(tmp_path_factory.mktemp("model"), family, tied)
-            policy = served.policy(folder)
-            engine = VllmEngine(CONFIG, str(folder), CPU, [END])
-            engine.sync(policy, 0)
-            made[family, tied] = engine, policy
-        return made[family, tied]
-
-    yield start
-    for engine, _ in made.values():
-        engine.close()
+    with served.engines(tmp_path_factory.mktemp) as start:
+        yield start
 
 
 @pytest.fixture
@@ -46,7 +31,7 @@ def one(started):
     return started("qwen3", True)
 
 
-@pytest.fixture(params=["qwen3 tied", "qwen3 untied", "llama untied", "qwen2 tied"])
+@pytest.fixture(params=served.EACH)
 def each(request, started):
     family, head = request.param.split()
     return started(family, head == "tied")
@@ -67,30 +52,11 @@ def test_logp_is_transformers_before_and_after_an_update(each):
 
 
 def test_restored_weights_restore_the_output_bitwise(each):
-    engine, policy = each
-    asked = requests(6)
-    first = generate(engine, asked)
-    before = perturb(policy, 5)
-    engine.sync(policy, 20)
-    other = generate(engine, asked)
-    restore(policy, before)
-    engine.sync(policy, 21)
-    again = generate(engine, asked)
-    assert [a.tokens for a in first] != [a.tokens for a in other]
-    assert [(a.tokens, a.logp) for a in first] == [(a.tokens, a.logp) for a in again]
+    served.check_restored_weights_restore_the_output(*each)
 
 
 def test_a_forgotten_prefix_cache_reset_would_be_seen(one, monkeypatch):
-    engine, policy = one
-    asked = requests(4, new=2)
-    generate(engine, asked)
-    perturb(policy, 6)
-    with monkeypatch.context() as broken:
-        broken.setattr(engine, "_drop_prefix_cache", lambda: None)
-        engine.sync(policy, 30)
-        assert worst(served.transformers(policy), asked, generate(engine, asked)) > 100 * CLOSE
-    engine.sync(policy, 31)
-    assert worst(served.transformers(policy), asked, generate(engine, asked)) < CLOSE
+    served.check_a_forgotten_cache_reset_is_seen(*one, monkeypatch)
 
 
 def test_group_members_differ_and_a_seed_repeats_in_any_batch(one):

@@ -1,11 +1,11 @@
-"""The stages of a study that are not training, each in a process of its own: `python -m m2rl.study_stages STAGE ...`.
+"""The stages of a study that are not training, each in a process of its own: `python -m m2rl.study.stages STAGE ...`.
 
     merges         every merge of the experts, coefficients chosen on training problems
     merge_samples, samples                     K responses of every model to every held-out problem
     policies, verification, weights, skills    the analyses
     report
 
-m2rl.study starts them, with its own command line after the stage's key.
+run.py starts them, with its own command line after the stage's key.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from m2rl import study as planning
-from m2rl.command import exit_with
+from m2rl.command import exit_with, whole_file
 from m2rl.config import Config, read_config
 from m2rl.merge_sweep import Judge
-from m2rl.study import Seed, Stage, Study, candidates, load_benchmarks, marker, sampling_config, seed_folder
+from m2rl.study.definition import Study, candidates
+from m2rl.study.options import parse
+from m2rl.study.plan import Seed, Stage, marker, plan, sampling_config, seed_folder
+from m2rl.study.preflight import load_benchmarks
 from m2rl.types import Prompt
 
 
@@ -68,9 +70,8 @@ def merge_all(s: Seed) -> None:
                     progress=False,
                 )
                 chosen[name] = {"label": rows[0].label, "candidates": len(rows), "validation_mean": rows[0].mean}
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps(chosen, indent=1) + "\n")
-            partial.rename(note)
+            with whole_file(note) as file:
+                file.write(json.dumps(chosen, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -78,7 +79,8 @@ def validation(s: Seed) -> Iterator[Judge]:
     """A judge of merged models: Avg@K per domain on prompts of the training data that come after all that the mixed run
     draws, so that the problems of the report have no part in any choice."""
     from m2rl.benchmarks import Benchmark
-    from m2rl.evaluate import Evaluator, score_one
+    from m2rl.evaluate import Evaluator
+    from m2rl.scores import score_one
 
     c = sampling_config(s.study)
     with Evaluator(s.models["sft"], c) as evaluator:
@@ -233,10 +235,8 @@ def work(study: Study, out: Path, stage: Stage) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     key, *rest = list(sys.argv[1:] if argv is None else argv)
-    o = planning.parser().parse_args(rest)
-    study = planning.verify(*planning.resolve(o))
-    out = planning.folder_of(study, o)
-    work(study, out, next(s for s in planning.plan(study, out) if s.key == key))
+    study, out, _ = parse(rest)
+    work(study, out, next(s for s in plan(study, out) if s.key == key))
     return 0
 
 

@@ -16,7 +16,7 @@ from commands import environment, torchrun
 
 from m2rl import embedded, published
 from m2rl.analyze.__main__ import main as analyze
-from m2rl.evaluate import main, model_name
+from m2rl.evaluate.__main__ import main, model_name
 from m2rl.samples import read_folder
 from m2rl.scores import Score
 from m2rl.types import InputError
@@ -119,15 +119,6 @@ def test_a_finished_evaluation_is_only_read_again(done, models):
 SKILLS = ["skills", "--base", "mine", "--models", "mine", "RL_Math", "--experts", "RL_Math"]
 
 
-def as_before(folder):
-    """Lines as they were written until there was one record for all commands."""
-    for path in folder.rglob("samples.*.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for r in rows:
-            r["id"], r["prompt"] = r.pop("prompt_id"), r.pop("question")
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-
-
 def test_the_samples_of_an_evaluation_can_be_analysed(done, models, tmp_path):
     out, _ = done
     assert analyze([*SKILLS, "--samples", str(out), "--out", str(tmp_path)]) == 0
@@ -157,20 +148,6 @@ def test_rewards_come_from_the_files_of_the_model_and_benchmark(done, tmp_path):
     pairs = {r["domain"]: r for r in found["tables"]["pairs"]}
     scores = json.loads((done[0] / "scores.json").read_text())["scores"]
     assert pairs["math"]["difference"] == pytest.approx(scores["mine"]["math"]["avg_at_k"] - 0.5)
-
-
-def test_lines_of_an_older_evaluation_are_resumed_and_analysed(done, models, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(done[0], old)
-    as_before(old)
-    before = {p: p.read_bytes() for p in old.rglob("samples.*")}
-    assert main([*arguments(models, old), "--models", str(models / "mine"), str(models / "RL_Math")]) == 0
-    assert {p: p.read_bytes() for p in old.rglob("samples.*")} == before
-    results = []
-    for folder in (old, done[0]):
-        assert analyze([*SKILLS, "--samples", str(folder), "--out", str(tmp_path)]) == 0
-        results.append(json.loads((tmp_path / "skills.json").read_text())["tables"])
-    assert results[0] == results[1]
 
 
 def test_the_samples_of_several_ranks_are_one_evaluation_and_an_unfinished_one_is_refused(done, tmp_path):

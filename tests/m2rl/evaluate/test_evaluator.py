@@ -8,7 +8,8 @@ import torch
 
 from m2rl import embedded
 from m2rl.config import Config, Evaluation, Rollout
-from m2rl.evaluate import Evaluator, cache_gib, evaluate_model, fitted
+from m2rl.evaluate import Evaluator, evaluate_model
+from m2rl.evaluate.evaluator import cache_gib, fitted
 from m2rl.policy import Policy, load_model
 from m2rl.scores import bootstrap_ci, majority, pass_at_k, score, score_one, vote
 from m2rl.types import InputError, Prompt, Sample
