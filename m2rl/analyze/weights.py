@@ -39,7 +39,7 @@ from torch import Tensor
 from m2rl.analyze import figures
 from m2rl.analyze.output import PAPER, Analysis
 from m2rl.command import named
-from m2rl.merge import open_inputs
+from m2rl.merge_inputs import open_inputs
 from m2rl.safetensors_io import Checkpoint
 from m2rl.types import InputError
 

@@ -21,7 +21,7 @@ def preflight(study: Study, out: Path) -> None:
     from m2rl.data import files
     from m2rl.data.mixture import GENERATED
     from m2rl.evaluate import architecture_key
-    from m2rl.merge import open_inputs
+    from m2rl.merge_inputs import open_inputs
     from m2rl.policy import reading_model
     from m2rl.safetensors_io import resolve_folder
 
