@@ -88,15 +88,31 @@ class Output:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # tensor -> journal entry
 
 
+def output_folder(folder: Path, inputs: Mapping[str, Path], overwrite: bool) -> Path:
+    """`--out` without symbolic links. InputError where it is taken, or where replacing it would harm an input (name ->
+    folder)."""
+    folder = folder.resolve()  # the work lies beside what is renamed, not beside a link to it
+    for source, path in inputs.items():
+        real = path.resolve()
+        if folder == real:
+            raise InputError(f"--out {folder} is the input {source} itself: choose another --out")
+        if real in folder.parents:
+            raise InputError(f"--out {folder} lies inside the input {source}: choose another --out")
+        if folder in real.parents:
+            raise InputError(f"--out {folder} holds the input {source}: choose another --out")
+    if folder.is_mount():
+        raise InputError(f"--out {folder} is a mount point, which cannot be renamed: give a folder inside it")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(f"{folder} exists and is not empty: choose another --out, or pass --overwrite")
+    return folder
+
+
 def open_output(
     inputs: Inputs, chosen: Recipe, folder: Path, *, dtype: str | None, shard_bytes: int, resume: bool, overwrite: bool
 ) -> Output:
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise InputError(f"{folder} exists and is not empty: choose another --out, or pass --overwrite")
-    for checkpoint in inputs.all:
-        if folder == checkpoint.folder.resolve() or checkpoint.folder.resolve() in folder.parents:
-            raise InputError(f"--out {folder} lies inside the input {checkpoint.source}")
+    folder = output_folder(folder, {c.source: c.folder for c in inputs.all}, overwrite)
     layout = plan_layout(
         [(i.name, out_dtype(i, dtype), i.shape) for i in map(inputs.info, [*inputs.merged, *inputs.copied])],
         shard_bytes,

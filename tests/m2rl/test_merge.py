@@ -409,6 +409,34 @@ def test_output_folder_is_protected(models, tmp_path):
         tool.merge("someone/nothing-here", experts, "ties", out=tmp_path / "x", density=0.5)
 
 
+@pytest.mark.parametrize("sweeping", [False, True])
+@pytest.mark.parametrize(
+    "out,message",
+    [("base", "is the input"), (".", "holds the input"), ("link", "is the input"), ("file", "is a file")],
+)
+def test_overwrite_never_harms_an_input(models, tmp_path, out, message, sweeping):
+    base, experts, *_ = models
+    (tmp_path / "link").symlink_to(base)
+    (tmp_path / "file").write_text("x")
+    sweep = ["--sweep", "--evaluate", "math", "--k", 1] if sweeping else []
+    done = cli(
+        "--base", base, "--experts", *experts, "--density", 0.2, "--out", tmp_path / out, "--overwrite", *sweep
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (base / "model.safetensors").exists() and (experts[0] / "model.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_out_may_be_a_link_to_a_folder(models, tmp_path):
+    base, experts, *_ = models
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    tool.merge(base, experts, "average", out=tmp_path / "link")
+    assert (tmp_path / "disk" / "real" / "model.safetensors").exists() and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
+
+
 def test_scalars_and_empty_tensors_merge_with_every_method(tmp_path):
     tensors = {"w": torch.randn(8, 4), "scalar": torch.tensor(1.0), "empty": torch.empty(0, 4)}
     write(tmp_path / "b", {n: x.bfloat16() for n, x in tensors.items()})
