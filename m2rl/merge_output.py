@@ -140,8 +140,7 @@ def open_output(
         need = layout.bytes + (64 << 20 if layout.bytes > 64 << 20 else 1 << 20) - held
         if free < need:
             raise InputError(
-                f"{folder.parent} has {free / 1e9:.2f} GB free, the merge needs {need / 1e9:.2f} GB: nothing was "
-                f"written"
+                f"{folder.parent} has {volume(free)} free, the merge needs {volume(need)}: nothing was written"
             )
         partial.mkdir(exist_ok=True)
         journal = Journal(partial, fingerprint)
@@ -160,7 +159,7 @@ def open_output(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"the disk of {folder.parent} is full: {layout.bytes / 1e9:.2f} GB could not be allocated"
+                f"the disk of {folder.parent} is full: {volume(layout.bytes)} could not be allocated"
             ) from None
         raise InputError(f"cannot write {folder}: {error.strerror} ({error.filename})") from None
     output = Output(chosen, folder, layout, partial, journal, writer)
@@ -171,6 +170,10 @@ def open_output(
     if output.done:
         print(f"resuming: {len(output.done)} of {len(layout.place)} tensors are already written", file=sys.stderr)
     return output
+
+
+def volume(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def out_dtype(info: TensorInfo, dtype: str | None) -> str:
@@ -246,19 +249,20 @@ def card(inputs: Inputs, r: Recipe, record: Mapping[str, Any]) -> str:
         "tags:",
         "- merge",
         "base_model:",
-        *(f"- {c.source}" for c in inputs.all),
+        *(f"- {json.dumps(c.source)}" for c in inputs.all),  # quoted: a path may hold what YAML reads otherwise
         "---",
         "",
-        f"# {inputs.donor.folder.name}, merged with {r.method}",
+        f"# {Path(inputs.donor.source).name}, merged with {r.method}",
         "",
         f"    {rule.formula}        ({rule.source})",
         "",
         "| model | weight | content checksum |",
         "|---|---|---|",
     ]
-    weights = {c.source: w for c, w in zip(inputs.experts, r.weights)}
-    lines += [f"| {m['source']} | {weights.get(m['source'], 'base')} | {m['content']} |" for m in record["models"]]
+    weights = ["base"] * (inputs.base is not None) + ["by tensor" if r.per_tensor else w for w in r.weights]
+    lines += [f"| {m['source']} | {w} | {m['content']} |" for m, w in zip(record["models"], weights)]
     lines += [
+        f"| **this merge** | | {record['content of the merge']} |",
         "",
         f"Made by {record['tool']} (numpy {record['numpy']}, Python {record['python']}). Every choice:",
         "",

@@ -22,7 +22,7 @@ from m2rl_kernels.merge_recipe import METHODS, Recipe, recipe
 from m2rl import merge as merging
 from m2rl.analyze.figures import Series, chart
 from m2rl.domains.procedural import DOMAINS
-from m2rl.merge_output import output_folder
+from m2rl.merge_output import output_folder, volume
 from m2rl.safetensors_io import resolve_folder
 from m2rl.types import InputError
 
@@ -137,8 +137,7 @@ def _by_folder(
     free = shutil.disk_usage(work.parent).free
     if free < need:
         raise InputError(
-            f"{work.parent} has {free / 1e9:.2f} GB free, "
-            f"the {len(todo)} merges of the sweep need about {need / 1e9:.2f} GB"
+            f"{work.parent} has {volume(free)} free, the {len(todo)} merges of the sweep need about {volume(need)}"
         )
     if todo:
         merging.merge_many(base, experts, todo, **{**shared, "sync": False})
