@@ -414,13 +414,20 @@ def merge(
     Raises InputError for input that does not fit, ValueError for an option that makes no sense; nothing is written
         then.
     """
-    if out is None or not isinstance(experts[0] if experts else "", (str, os.PathLike)):
-        if out is not None or isinstance(experts[0] if experts else "", (str, os.PathLike)):
-            raise ValueError("out must be given for folders, and only for folders")
+    if not experts:
+        raise ValueError("experts must name at least one model, got none")
+    on_disk = {isinstance(m, (str, os.PathLike)) for m in (base, *experts) if m is not None}
+    if len(on_disk) > 1:
+        raise ValueError("base and experts must all be folders, or all state dicts or modules")
+    if on_disk != {out is not None}:
+        raise ValueError("out must be given for folders, and only for folders")
+    check_read(method, [name for name, value in options.items() if value is not None])
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if out is None:
         from m2rl_kernels import delta_merge
 
         return delta_merge.merge_state_dicts(base, experts, method, dtype=dtype, threads=threads, **options)
-    check_read(method, [name for name, value in options.items() if value is not None])
     chosen = recipe(method, len(experts), **options)
     merge_many(
         base,

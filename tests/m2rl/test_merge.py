@@ -602,6 +602,50 @@ def test_finished_bytes_are_sent_early_and_a_disk_error_then_is_not_lost(models,
     assert out.exists()
 
 
+def test_api_names_what_does_not_fit(models):
+    *_, base, experts = models
+    one, norm = experts[0], "model.norm.weight"
+    whole, wide = {"n": torch.ones(2).long()}, {"n": torch.ones(2).double()}
+    assert torch.equal(
+        tool.merge({**base, **wide}, [{**one, **wide}], "average")["n"], wide["n"]
+    )  # copied, as from disk
+    for arguments, options, message in [
+        ((base, [{**one, norm: torch.zeros(3)}]), {}, f"{norm} has shape [32] in model 0 and [3] in model 1"),
+        (
+            ({**base, **whole}, [{**one, "n": torch.ones(2)}]),
+            {},
+            "n has dtype torch.int64 in model 0 and torch.float32",
+        ),
+        ((base, []), {}, "experts must name at least one model"),
+        ((base, [one]), {"seed": 3}, "ties does not read seed"),
+        ((base, [one]), {"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ((base, ["folder"]), {}, "must all be folders, or all state dicts or modules"),
+        ((base, [one]), {"out": "folder"}, "out must be given for folders, and only for folders"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            tool.merge(*arguments, "ties", density=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": ["0", "4"]},
+        {"data_offsets": [0.0, 4.0]},
+        {"shape": [-1, -1]},
+        {"shape": "1"},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_a_header_of_wrong_types_is_one_error(tmp_path, entry):
+    text = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor x"):
+        Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(InputError, match="its header is not JSON"):
+        Checkpoint(tmp_path)
+
+
 def test_the_card_tells_every_input_and_its_weight(models, tmp_path):
     base, experts, *_ = models
     same = [str(experts[0]), str(experts[1]), str(experts[0])]
