@@ -146,7 +146,10 @@ def open_output(
         journal = Journal(partial, fingerprint)
         done = journal.finished() if resume else None
         if existed and done is None:
-            found = f"the unfinished merge in {partial} is a different one" if resume else "found an unfinished merge"
+            found = "found an unfinished merge"
+            if resume:
+                reason = "is a different one" if journal.path.stat().st_size else "has lost its journal"
+                found = f"the unfinished merge in {partial} {reason}"
             print(f"{found}: starting over", file=sys.stderr)
         if done is None:
             for stale in partial.glob("*.safetensors"):
@@ -217,11 +220,13 @@ def finish(inputs: Inputs, output: Output, summary: dict[str, Any], *, dtype: st
     (output.partial / "merge.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     (output.partial / "README.md").write_text(card(inputs, output.recipe, record))
     output.writer.finish(sync)
-    output.journal.close()
-    output.journal.path.unlink()
     if sync:
-        for path in [*output.partial.iterdir(), output.partial]:
+        for path in output.partial.iterdir():
             _sync(path)
+    output.journal.path.unlink()  # last: until then an interruption can be continued
+    output.journal.close()
+    if sync:
+        _sync(output.partial)
     if output.folder.exists():
         old = output.folder.with_name(f".{output.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

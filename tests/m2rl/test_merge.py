@@ -1,6 +1,7 @@
 """`python -m m2rl.merge` as a user runs it: on folders of safetensors."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from m2rl_kernels.delta_merge import merge_tensors
 from safetensors.torch import load_file, save_file
 
 from m2rl import merge as tool
-from m2rl import merge_sweep
+from m2rl import merge_output, merge_sweep
 from m2rl.merge_yaml import read_config
 from m2rl.safetensors_io import Checkpoint
 from m2rl.types import InputError
@@ -524,6 +525,20 @@ def test_kill_9_leaves_no_half_checkpoint_and_resume_completes_it(models, tmp_pa
         tmp_path / "fresh" / "model.safetensors"
     ).read_bytes()
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_an_interruption_while_the_disk_is_waited_for_can_be_continued(models, tmp_path, monkeypatch, capsys):
+    base, experts, *_ = models
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge_output, "_sync", interrupt)
+        tool.merge(base, experts, "ties", density=0.5, out=tmp_path / "out")
+    gc.collect()  # the interrupted merge holds its lock as long as it lives
+    tool.merge(base, experts, "ties", density=0.5, out=tmp_path / "out", resume=True)
+    assert f"resuming: {len(SHAPES)} of {len(SHAPES)} tensors" in capsys.readouterr().err
 
 
 def test_resume_of_another_merge_starts_over_and_says_so(models, tmp_path):
