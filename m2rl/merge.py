@@ -25,7 +25,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ from m2rl.merge_output import Output, finish, open_output, out_dtype
 from m2rl.safetensors_io import DTYPES, ITEM_BYTES, Layout, plan_layout
 from m2rl.types import InputError
 
+# Options of a recipe by their names on the command line, and those that only a sweep reads.
+OPTIONS = ("preset", "weights", "normalize", "sce_eps", "trim_density", "gamma", "epsilon", "seed", *CHOICES)
+SWEEP = ("evaluate", "engine", "k")
 BATCH_ELEMENTS = 1 << 25  # per step of the progress bar; memory does not depend on it
 
 
@@ -88,7 +91,7 @@ class Progress:
 
     def __init__(self, total_bytes: int, shown: bool | None) -> None:
         self.total, self.done, self.start, self.last = max(total_bytes, 1), 0, time.monotonic(), 0.0
-        self.shown = sys.stderr.isatty() if shown is None else shown
+        self.shown, self.open = sys.stderr.isatty() if shown is None else shown, False
 
     def add(self, size: int, label: str) -> None:
         self.done += size
@@ -97,17 +100,20 @@ class Progress:
             self.last = now
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1)
-            share, clock = 100 * self.done / self.total, f"{int(left) // 60}:{int(left) % 60:02d}"
-            print(
-                f"\r{share:3.0f} %  {rate / 1e9:5.2f} GB/s  {clock} left  {label[:60]:60s}",
-                end="",
-                file=sys.stderr,
-                flush=True,
+            share, clock = (
+                100 * self.done / self.total,
+                f"{int(left) // 60}:{int(left) % 60:02d}" if self.done else "-:--",
             )
+            line = f"{share:3.0f} %  {rate / 1e9:5.2f} GB/s  {clock} left  {label[:60]:60s}"
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be written over
+            print(f"\r{line[:width]}", end="", file=sys.stderr, flush=True)
+            self.open = True
 
     def close(self) -> None:
-        if self.shown:
+        """End the line: what follows, an error perhaps, starts on its own."""
+        if self.open:
             print(file=sys.stderr)
+        self.open = False
 
 
 @contextlib.contextmanager
@@ -184,7 +190,29 @@ def stream(
     }
     recipes = [o.recipe for o in outputs]
     read_all = any(map(_needs_whole_model, recipes)) * sum(c.tensors[n].size for n in inputs.merged for c in inputs.all)
-    bar = Progress(sum(size.values()) + read_all, progress)
+    with contextlib.closing(Progress(sum(size.values()) + read_all, progress)) as bar:
+        _run_passes(inputs, outputs, names, size, read_all, bar, with_base, place)
+    for output in outputs:
+        for name in inputs.copied:
+            _copy(inputs, name, output)
+    for checkpoint in inputs.all:
+        checkpoint.check_unchanged()
+    return [_summary(inputs, output) for output in outputs]
+
+
+def _run_passes(
+    inputs: Inputs,
+    outputs: Sequence[Output],
+    names: Sequence[str],
+    size: Mapping[str, int],
+    read_all: int,
+    bar: Progress,
+    with_base: bool,
+    place: Device,
+) -> None:
+    recipes = [o.recipe for o in outputs]
+    if read_all:
+        bar.add(0, "statistics of the whole model")
     whole = whole_statistics(inputs, recipes, with_base, place)
     if whole:
         bar.add(read_all, "statistics of the whole model")
@@ -197,13 +225,6 @@ def stream(
             else:
                 _apply_spectral(inputs, batch, output)
         bar.add(sum(size[n] for n in batch), batch[-1])
-    for output in outputs:
-        for name in inputs.copied:
-            _copy(inputs, name, output)
-    for checkpoint in inputs.all:
-        checkpoint.check_unchanged()
-    bar.close()
-    return [_summary(inputs, output) for output in outputs]
 
 
 Whole = dict[int, tuple[dict[str, int], Statistics]]  # recipe -> (tensor -> row, statistics of every tensor)
@@ -299,10 +320,11 @@ def _apply_spectral(inputs: Inputs, batch: Sequence[str], output: Output) -> Non
             continue
         merged = _spectral(inputs, output.recipe, name, CODES[output.layout.dtypes[name]])
         output.writer.write(name, merged)
+        read = [passes.checksum(c.address(name), c.tensors[name].size) for c in inputs.all]
         entry = {
             "tensor": name,
             "bytes": merged.nbytes,
-            "checksum": [passes.checksum(merged.ctypes.data, merged.nbytes)],
+            "checksum": [*read, passes.checksum(merged.ctypes.data, merged.nbytes)],
         }
         output.journal.add(**entry)
         output.done[name] = entry
@@ -330,26 +352,33 @@ def _copy(inputs: Inputs, name: str, output: Output) -> None:
 def _summary(inputs: Inputs, output: Output) -> dict[str, Any]:
     """Per input: a content checksum independent of sharding, and how much it changed."""
     entries = [output.done[n] for n in inputs.merged]
+
+    def content(tensors: Mapping[str, tuple[str, tuple[int, ...]]], who: int) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(inputs.merged):
+            dtype, shape = tensors[name]
+            digest.update(f"{name} {dtype} {list(shape)} {output.done[name]['checksum'][who]}\n".encode())
+        return digest.hexdigest()
+
     with_counts = [e for e in entries if "nonzero" in e]
     total = sum(e["numel"] for e in with_counts)
     models: list[dict[str, Any]] = []
     for i, checkpoint in enumerate([inputs.base, *inputs.experts]):
         if checkpoint is None:
             continue
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(inputs.merged):
-            info, entry = checkpoint.tensors[name], output.done[name]
-            part = entry["checksum"][i] if len(entry["checksum"]) > 1 else ""
-            digest.update(f"{name} {info.dtype} {list(info.shape)} {part}\n".encode())
-        read = len(with_counts) == len(entries) and (i > 0 or output.recipe.needs_base)
-        model = {"source": checkpoint.source, "content": digest.hexdigest() if read else "not read"}
-        if i and read and output.recipe.needs_base and total:
+        read = i > 0 or output.recipe.needs_base
+        form = {n: (checkpoint.tensors[n].dtype, checkpoint.tensors[n].shape) for n in inputs.merged}
+        model = {"source": checkpoint.source, "content": content(form, i) if read else "not read"}
+        if i and len(with_counts) == len(entries) and output.recipe.needs_base and total:
             moved = sum(e["nonzero"][i - 1] for e in with_counts)
             model["elements that differ from the base"] = f"{moved} of {total}"
             if moved == 0:
                 warn(f"expert {checkpoint.source} is identical to the base: it adds nothing")
+        elif i and output.recipe.needs_base and model["content"] == models[0]["content"]:
+            warn(f"expert {checkpoint.source} is identical to the base: it adds nothing")
         models.append(model)
-    summary: dict[str, Any] = {"models": models}
+    form = {n: (output.layout.dtypes[n], inputs.info(n).shape) for n in inputs.merged}
+    summary: dict[str, Any] = {"models": models, "content of the merge": content(form, -1)}
     if with_counts and output.recipe.needs_base and total:
         summary["merged elements that differ from the base"] = f"{sum(e['changed'] for e in with_counts)} of {total}"
     return summary
@@ -385,13 +414,20 @@ def merge(
     Raises InputError for input that does not fit, ValueError for an option that makes no sense; nothing is written
         then.
     """
-    if out is None or not isinstance(experts[0] if experts else "", (str, os.PathLike)):
-        if out is not None or isinstance(experts[0] if experts else "", (str, os.PathLike)):
-            raise ValueError("out must be given for folders, and only for folders")
+    if not experts:
+        raise ValueError("experts must name at least one model, got none")
+    on_disk = {isinstance(m, (str, os.PathLike)) for m in (base, *experts) if m is not None}
+    if len(on_disk) > 1:
+        raise ValueError("base and experts must all be folders, or all state dicts or modules")
+    if on_disk != {out is not None}:
+        raise ValueError("out must be given for folders, and only for folders")
+    check_read(method, [name for name, value in options.items() if value is not None])
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if out is None:
         from m2rl_kernels import delta_merge
 
         return delta_merge.merge_state_dicts(base, experts, method, dtype=dtype, threads=threads, **options)
-    check_read(method, [name for name, value in options.items() if value is not None])
     chosen = recipe(method, len(experts), **options)
     merge_many(
         base,
@@ -543,10 +579,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--experts", nargs="+", default=[], help="folders or cached hub ids")
     p.add_argument("--out", required=True, help="folder to create")
     p.add_argument("--config", help="a recipe in mergekit's YAML schema, in place of --base, --experts and --method")
-    p.add_argument("--method", nargs="+", default=["ties"], help="one of those below; several with --sweep")
+    p.add_argument("--method", nargs="+", help="one of those below (default ties); several with --sweep")
     p.add_argument("--preset", choices=list(PRESETS), help="conventions of the paper's code, or of mergekit")
     p.add_argument("--weights", nargs="+", type=float, help="one per expert (default 1)")
-    p.add_argument("--density", nargs="+", type=float, help="fraction kept, in (0, 1]; several with --sweep")
+    p.add_argument(
+        "--density", nargs="+", type=float, help="fraction kept, in (0, 1], or one per expert; --sweep: to try"
+    )
     p.add_argument(
         "--lambda",
         dest="lam",
@@ -559,9 +597,17 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="divide by the weights that count (default: by method)",
     )
+    meaning = {
+        "scope": "thresholds per tensor (default), or one over the whole model",
+        "ties": "keep exactly k (default), or all that equal the threshold",
+        "zero_sign": "elected where the sum is 0: + (default), or the sign of most elements",
+        "rescale": "after a random mask: 1 / density (default), restore the L1 norm, or nothing",
+        "sce_select": "what SCE's variance mask acts on: its weights only (default), or the task vectors too",
+        "compute_dtype": "what intermediate results are rounded to (default float32)",
+    }
     for name, allowed in CHOICES.items():
-        p.add_argument(f"--{name.replace('_', '-')}", choices=allowed)
-    p.add_argument("--sce-eps", type=float)
+        p.add_argument(f"--{name.replace('_', '-')}", choices=allowed, help=meaning[name])
+    p.add_argument("--sce-eps", type=float, help="sce: uniform weights where all energies together are below (0)")
     p.add_argument("--trim-density", type=float, help="dare_ties: top-k after the random mask")
     p.add_argument("--gamma", type=float, help="breadcrumbs: fraction of the largest dropped (0.01)")
     p.add_argument(
@@ -576,7 +622,7 @@ def parser() -> argparse.ArgumentParser:
         help="where to compute; files are merged on the CPU, which is faster than moving them to a GPU and back",
     )
     p.add_argument("--threads", type=int, default=0, help="default: as many as the process may use")
-    p.add_argument("--shard-bytes", type=float, default=5e9)
+    p.add_argument("--shard-bytes", type=float, default=5e9, help="largest output file (5e9)")
     p.add_argument("--resume", action="store_true", help="continue an interrupted merge")
     p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     p.add_argument("--sync", action=argparse.BooleanOptionalAction, default=True, help="fsync before the rename")
@@ -586,9 +632,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score every combination of --method, --density and --lambda; keep the best",
     )
-    p.add_argument("--evaluate", nargs="+", default=[], help="--sweep: benchmarks (default: math code science if)")
-    p.add_argument("--engine", choices=("native", "vllm"), default="native", help="--sweep: what takes every merge")
-    p.add_argument("--k", type=int, default=8, help="--sweep: samples per problem")
+    p.add_argument("--evaluate", nargs="+", help="--sweep: benchmarks (default: math code science if)")
+    p.add_argument("--engine", choices=("native", "vllm"), help="--sweep: what takes every merge (native)")
+    p.add_argument("--k", type=int, help="--sweep: samples per problem (8)")
     return p
 
 
@@ -596,7 +642,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         run(args)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, OverflowError, ImportError, OSError) as error:
         raise InputError(str(error)) from error
     except KeyboardInterrupt:
         print("\ninterrupted: nothing stands in --out; --resume continues", file=sys.stderr)
@@ -618,52 +664,64 @@ def run(args: argparse.Namespace) -> None:
     if args.config:
         from m2rl.merge_yaml import read_config
 
+        _refuse(args, ["base", "experts", "method", "density", "lam", *OPTIONS, "sweep", *SWEEP], "with --config")
         plan = read_config(args.config)
         shared["dtype"] = args.dtype or plan.dtype
-        merge_many(plan.base, plan.experts, [(plan.recipe, Path(args.out))], **shared)
+        _merge_one(args.out, plan.base, plan.experts, plan.recipe, shared)
         return
-    options = {
-        name: getattr(args, name)
-        for name in (
-            "preset",
-            "weights",
-            "normalize",
-            "sce_eps",
-            "trim_density",
-            "gamma",
-            "epsilon",
-            "seed",
-            *CHOICES,
-        )
-    }
+    options, methods = {name: getattr(args, name) for name in OPTIONS}, args.method or ["ties"]
+    given = [name for name, value in options.items() if value is not None]
     if args.sweep:
+        for name in given:
+            if all(_unread(method, name) for method in methods):
+                check_read(methods[0], [name])
         from m2rl.merge_sweep import sweep
 
         sweep(
             args.base,
             args.experts,
             Path(args.out),
-            methods=args.method,
+            methods=methods,
             densities=args.density or [None],
             lambdas=args.lam or [1.0],
             options=options,
-            evaluate=args.evaluate,
-            k=args.k,
-            engine=args.engine,
+            evaluate=args.evaluate or [],
+            k=8 if args.k is None else args.k,
+            engine=args.engine or "native",
             **shared,
         )
         return
+    _refuse(args, SWEEP, "without --sweep")
     for flag, values in (("--method", args.method), ("--lambda", args.lam)):
         if values is not None and len(values) > 1:
             raise InputError(f"{flag} takes one value without --sweep, got {len(values)}")
     options["density"] = args.density[0] if args.density and len(args.density) == 1 else args.density
     options["lam"] = args.lam and args.lam[0]
-    check_read(args.method[0], [name for name, value in options.items() if value is not None])
-    chosen = recipe(args.method[0], len(args.experts), **options)
+    check_read(methods[0], [name for name, value in options.items() if value is not None])
+    _merge_one(args.out, args.base, args.experts, recipe(methods[0], len(args.experts), **options), shared)
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    """InputError for an option that would be ignored there."""
+    for name in names:
+        if getattr(args, name) not in (None, [], False) or (name == "normalize" and args.normalize is not None):
+            flag = "--lambda" if name == "lam" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} has no effect {where}: leave it out")
+
+
+def _unread(method: str, name: str) -> bool:
+    try:
+        check_read(method, [name])
+    except ValueError:
+        return True
+    return False
+
+
+def _merge_one(out: str, base: str | None, experts: Sequence[str], chosen: Recipe, shared: Mapping[str, Any]) -> None:
     started = time.monotonic()
-    merge_many(args.base, args.experts, [(chosen, Path(args.out))], **shared)
+    merge_many(base, experts, [(chosen, Path(out))], **shared)
     with contextlib.suppress(BrokenPipeError):
-        print(f"{args.out}: {args.method[0]} of {len(args.experts)} experts in {time.monotonic() - started:.1f} s")
+        print(f"{out}: {chosen.method} of {len(experts)} experts in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

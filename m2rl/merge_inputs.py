@@ -133,8 +133,11 @@ def _vocabulary(folder: Path) -> Any:
     if path.is_file():
         content = read_json(path)
         model = content.get("model", {})
-        added = [(t["id"], t["content"]) for t in content.get("added_tokens", [])]
-        return {"vocab": model.get("vocab"), "merges": model.get("merges"), "added": added}
+        try:
+            added = [(t["id"], t["content"]) for t in content.get("added_tokens", [])]
+            return {"vocab": model.get("vocab"), "merges": model.get("merges"), "added": added}
+        except (AttributeError, KeyError, TypeError):
+            raise InputError(f"{path} is not a tokenizer: it must hold a model and added_tokens") from None
     path = folder / "vocab.json"
     return read_json(path) or None
 

@@ -88,15 +88,31 @@ class Output:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # tensor -> journal entry
 
 
+def output_folder(folder: Path, inputs: Mapping[str, Path], overwrite: bool) -> Path:
+    """`--out` without symbolic links. InputError where it is taken, or where replacing it would harm an input (name ->
+    folder)."""
+    folder = folder.resolve()  # the work lies beside what is renamed, not beside a link to it
+    for source, path in inputs.items():
+        real = path.resolve()
+        if folder == real:
+            raise InputError(f"--out {folder} is the input {source} itself: choose another --out")
+        if real in folder.parents:
+            raise InputError(f"--out {folder} lies inside the input {source}: choose another --out")
+        if folder in real.parents:
+            raise InputError(f"--out {folder} holds the input {source}: choose another --out")
+    if folder.is_mount():
+        raise InputError(f"--out {folder} is a mount point, which cannot be renamed: give a folder inside it")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(f"{folder} exists and is not empty: choose another --out, or pass --overwrite")
+    return folder
+
+
 def open_output(
     inputs: Inputs, chosen: Recipe, folder: Path, *, dtype: str | None, shard_bytes: int, resume: bool, overwrite: bool
 ) -> Output:
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise InputError(f"{folder} exists and is not empty: choose another --out, or pass --overwrite")
-    for checkpoint in inputs.all:
-        if folder == checkpoint.folder.resolve() or checkpoint.folder.resolve() in folder.parents:
-            raise InputError(f"--out {folder} lies inside the input {checkpoint.source}")
+    folder = output_folder(folder, {c.source: c.folder for c in inputs.all}, overwrite)
     layout = plan_layout(
         [(i.name, out_dtype(i, dtype), i.shape) for i in map(inputs.info, [*inputs.merged, *inputs.copied])],
         shard_bytes,
@@ -124,14 +140,16 @@ def open_output(
         need = layout.bytes + (64 << 20 if layout.bytes > 64 << 20 else 1 << 20) - held
         if free < need:
             raise InputError(
-                f"{folder.parent} has {free / 1e9:.2f} GB free, the merge needs {need / 1e9:.2f} GB: nothing was "
-                f"written"
+                f"{folder.parent} has {volume(free)} free, the merge needs {volume(need)}: nothing was written"
             )
         partial.mkdir(exist_ok=True)
         journal = Journal(partial, fingerprint)
         done = journal.finished() if resume else None
         if existed and done is None:
-            found = f"the unfinished merge in {partial} is a different one" if resume else "found an unfinished merge"
+            found = "found an unfinished merge"
+            if resume:
+                reason = "is a different one" if journal.path.stat().st_size else "has lost its journal"
+                found = f"the unfinished merge in {partial} {reason}"
             print(f"{found}: starting over", file=sys.stderr)
         if done is None:
             for stale in partial.glob("*.safetensors"):
@@ -144,7 +162,7 @@ def open_output(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)
             raise InputError(
-                f"the disk of {folder.parent} is full: {layout.bytes / 1e9:.2f} GB could not be allocated"
+                f"the disk of {folder.parent} is full: {volume(layout.bytes)} could not be allocated"
             ) from None
         raise InputError(f"cannot write {folder}: {error.strerror} ({error.filename})") from None
     output = Output(chosen, folder, layout, partial, journal, writer)
@@ -155,6 +173,10 @@ def open_output(
     if output.done:
         print(f"resuming: {len(output.done)} of {len(layout.place)} tensors are already written", file=sys.stderr)
     return output
+
+
+def volume(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def out_dtype(info: TensorInfo, dtype: str | None) -> str:
@@ -198,11 +220,13 @@ def finish(inputs: Inputs, output: Output, summary: dict[str, Any], *, dtype: st
     (output.partial / "merge.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     (output.partial / "README.md").write_text(card(inputs, output.recipe, record))
     output.writer.finish(sync)
-    output.journal.close()
-    output.journal.path.unlink()
     if sync:
-        for path in [*output.partial.iterdir(), output.partial]:
+        for path in output.partial.iterdir():
             _sync(path)
+    output.journal.path.unlink()  # last: until then an interruption can be continued
+    output.journal.close()
+    if sync:
+        _sync(output.partial)
     if output.folder.exists():
         old = output.folder.with_name(f".{output.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -230,19 +254,20 @@ def card(inputs: Inputs, r: Recipe, record: Mapping[str, Any]) -> str:
         "tags:",
         "- merge",
         "base_model:",
-        *(f"- {c.source}" for c in inputs.all),
+        *(f"- {json.dumps(c.source)}" for c in inputs.all),  # quoted: a path may hold what YAML reads otherwise
         "---",
         "",
-        f"# {inputs.donor.folder.name}, merged with {r.method}",
+        f"# {Path(inputs.donor.source).name}, merged with {r.method}",
         "",
         f"    {rule.formula}        ({rule.source})",
         "",
         "| model | weight | content checksum |",
         "|---|---|---|",
     ]
-    weights = {c.source: w for c, w in zip(inputs.experts, r.weights)}
-    lines += [f"| {m['source']} | {weights.get(m['source'], 'base')} | {m['content']} |" for m in record["models"]]
+    weights = ["base"] * (inputs.base is not None) + ["by tensor" if r.per_tensor else w for w in r.weights]
+    lines += [f"| {m['source']} | {w} | {m['content']} |" for m, w in zip(record["models"], weights)]
     lines += [
+        f"| **this merge** | | {record['content of the merge']} |",
         "",
         f"Made by {record['tool']} (numpy {record['numpy']}, Python {record['python']}). Every choice:",
         "",

@@ -22,6 +22,8 @@ from m2rl_kernels.merge_recipe import METHODS, Recipe, recipe
 from m2rl import merge as merging
 from m2rl.analyze.figures import Series, chart
 from m2rl.domains.procedural import DOMAINS
+from m2rl.merge_output import output_folder, volume
+from m2rl.safetensors_io import resolve_folder
 from m2rl.types import InputError
 
 if TYPE_CHECKING:
@@ -86,9 +88,8 @@ def sweep(
     benchmarks it scores on, `k` samples per problem; default the generated problems of four domains. score: any
     function of a model folder, in the evaluator's place. shared: as of `merge.merge_many`.
     """
-    out = out.absolute()
-    if out.exists() and any(out.iterdir()) and not shared.get("overwrite"):
-        raise InputError(f"{out} exists and is not empty: choose another --out, or pass --overwrite")
+    models = [m for m in (base, *experts) if m is not None]
+    out = output_folder(out, {str(m): resolve_folder(m) for m in models}, bool(shared.get("overwrite")))
     recipes = grid(methods, densities, lambdas, len(experts), options)
     work = out.with_name(f".{out.name}.sweep")
     if score is not None:
@@ -136,8 +137,7 @@ def _by_folder(
     free = shutil.disk_usage(work.parent).free
     if free < need:
         raise InputError(
-            f"{work.parent} has {free / 1e9:.2f} GB free, "
-            f"the {len(todo)} merges of the sweep need about {need / 1e9:.2f} GB"
+            f"{work.parent} has {volume(free)} free, the {len(todo)} merges of the sweep need about {volume(need)}"
         )
     if todo:
         merging.merge_many(base, experts, todo, **{**shared, "sync": False})

@@ -8,6 +8,7 @@ nothing is ignored.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ SHARED = {
     "int8_mask": "",
     "epsilon": "epsilon",
 }  # key -> our option ("": no effect on the result)
+FLAGS = ("normalize", "rescale", "int8_mask")  # the others are numbers
 READ = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source"}
 
 
@@ -73,17 +75,17 @@ def read_config(path: str | Path) -> Plan:
         raise InputError(f"--config {path} does not exist")
     try:
         config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path} must be a mapping with merge_method and models")
-    for key in sorted(set(config) - READ):
+    for key in sorted(set(config) - READ, key=str):
         raise InputError(
             f"{path}: key {key!r} is not supported here (whole-model merges of one architecture; "
             f"keys: {', '.join(sorted(READ))})"
         )
     name = config.get("merge_method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(
             f"{path}: merge_method {name!r} is not supported here; supported: {', '.join(sorted(METHODS))}"
         )
@@ -107,8 +109,10 @@ def read_config(path: str | Path) -> Plan:
         if source == base and method not in ("average", "karcher"):
             continue  # mergekit lets the base stand in the list; it contributes no task vector
         experts.append(source)
-        own.append(entry.get("parameters") or {})
-    shared = config.get("parameters") or {}
+        own.append(_parameters(path, f"models: parameters of {source}", entry.get("parameters")))
+    shared = _parameters(path, "parameters", config.get("parameters"))
+    if not experts:
+        raise InputError(f"{path}: models must name a model beside the base, got only {base}")
     per_model = {key for key in OWN if not (key == "epsilon" and method in ("ram", "ram_plus"))}
     for key in sorted({k for p in own for k in p} - per_model):
         raise InputError(
@@ -126,9 +130,35 @@ def read_config(path: str | Path) -> Plan:
     )
 
 
+def _parameters(path: Path, where: str, found: Any) -> dict[str, Any]:
+    """key -> its value. Numbers are numbers, though YAML reads 1e-3 as text."""
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise InputError(f"{path}: {where} must be a mapping of names to values, got {found!r}")
+    return {key: _parameter(path, key, value) for key, value in found.items()}
+
+
+def _parameter(path: Path, key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_parameter(path, key, v) for v in value]
+    if isinstance(value, dict):
+        return {k: _parameter(path, key, v) if k == "value" else v for k, v in value.items()}
+    if value is None or (key in FLAGS and isinstance(value, bool)):
+        return value
+    if key not in FLAGS:
+        with contextlib.suppress(TypeError, ValueError):
+            return value if isinstance(value, (int, float)) else float(value)
+    raise InputError(
+        f"{path}: parameter {key!r} must be {'true or false' if key in FLAGS else 'a number'}, got {value!r}"
+    )
+
+
 def _reference(path: Path, key: str, value: Any) -> str:
     if isinstance(value, dict) and isinstance(value.get("model"), dict) and set(value) == {"model"}:
-        value = value["model"].get("path")
+        value = value["model"]
+    if isinstance(value, dict) and set(value) == {"path"}:
+        value = value["path"]
     if not isinstance(value, str):
         raise InputError(f"{path}: {key}: a model is a folder or a hub id, got {value!r}")
     if "+" in value:
@@ -163,6 +193,8 @@ def _recipe(path: Path, method: str, own: list[dict], shared: dict, config: dict
             if isinstance(value, (list, dict)):
                 raise InputError(f"{path}: parameter {key!r} must be one value here, got {value!r}")
             options[option] = ("l1" if value else "none") if key == "rescale" else value
+            if key == "max_iter":
+                options[option] = int(value)
     for key in ("gamma", "epsilon"):
         values = [p[key] for p in own if key in p]
         if values:
@@ -194,10 +226,14 @@ def _check_forms(path: Path, values: list[Any]) -> None:
     for value in values:
         entries = value if isinstance(value, list) else [value]
         mixed = len({isinstance(e, dict) for e in entries}) != 1
-        if mixed or any(isinstance(e, dict) and set(e) - {"value", "filter"} for e in entries):
+        if mixed or any(isinstance(e, dict) and not _is_conditional(e) for e in entries):
             raise InputError(
                 f"{path}: a parameter is a number, a list of numbers, or a list of {{value, filter}}, got {value!r}"
             )
+
+
+def _is_conditional(entry: dict[str, Any]) -> bool:
+    return {"value"} <= set(entry) <= {"value", "filter"} and isinstance(entry.get("filter"), str | None)
 
 
 def resolver(path: Path, weights: list[Any], densities: list[Any], lam: Any) -> Callable[[str], Mapping[str, Any]]:

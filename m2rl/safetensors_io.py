@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise InputError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {total}")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise InputError(f"{path} is not a safetensors file: its header is a {type(header).__name__}, not a mapping")
@@ -80,7 +80,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             dtype, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: tensor {name} must have dtype, shape and data_offsets, got {entry!r}") from None
-        if dtype not in ITEM_BYTES:
+        if not all(type(x) is int and x >= 0 for x in (*entry["shape"], begin, end)):
+            raise InputError(f"{path}: tensor {name} must have sizes and offsets that are integers >= 0, got {entry!r}")
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise InputError(f"{path}: tensor {name} has dtype {dtype}, which is not known")
         if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
             raise InputError(
@@ -318,7 +320,11 @@ class ShardWriter:
 
     def read(self, tensor: str, size: int) -> np.ndarray:
         handle, position = self.where(tensor)
-        return np.frombuffer(os.pread(handle, size, position), np.uint8)
+        start = position // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if size == 0:
+            return np.empty(0, np.uint8)
+        view = mmap.mmap(handle, position - start + size, access=mmap.ACCESS_READ, offset=start)
+        return np.frombuffer(view, np.uint8, size, position - start)
 
     def write_back(self) -> None:
         """Send to the disk what was written since the last call. OSError if that failed: an fsync may not repeat it."""

@@ -594,7 +594,14 @@ def merge_state_dicts(
             raise ValueError(
                 f"tensor {sorted(missing)[0]} is not in every model (first seen in model {i + 1} of {len(states)})"
             )
-    names = [n for n, x in donor.items() if x.is_floating_point()]
+    for name, x in donor.items():
+        for i, state in enumerate(states[1:]):
+            y = state[name]
+            if x.shape != y.shape:
+                raise ValueError(f"{name} has shape {list(x.shape)} in model 0 and {list(y.shape)} in model {i + 1}")
+            if x.dtype != y.dtype and not {x.dtype, y.dtype} <= set(CODES):
+                raise ValueError(f"{name} has dtype {x.dtype} in model 0 and {y.dtype} in model {i + 1}")
+    names = [n for n, x in donor.items() if x.dtype in CODES]
     lists = [[s[n] for n in names] for s in states]
     wide = None if dtype is None else getattr(torch, dtype)
     merged = merge_tensors(

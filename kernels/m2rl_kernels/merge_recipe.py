@@ -257,6 +257,8 @@ def recipe(
         raise ValueError(f"lam must be finite, got {resolved['lam']}")
     if not 0 <= resolved.get("gamma", 0.01) < 1:
         raise ValueError(f"gamma must lie in [0, 1), got {resolved['gamma']}")
+    if resolved.get("iterations", 0) < 0:
+        raise ValueError(f"iterations must be 0 or more, got {resolved['iterations']}")
     if rule.filter == "ranked":
         for p in keep:
             if p < 1 and not (resolved["epsilon"] >= 0 and p - resolved["epsilon"] > 0 and p + resolved["epsilon"] < 1):

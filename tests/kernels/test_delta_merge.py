@@ -427,6 +427,8 @@ def test_errors_name_the_argument_the_rule_and_the_value():
         merge_tensors(base, experts, "ties")
     with pytest.raises(ValueError, match=r"overflow torch\.float16; choose a wider dtype"):
         merge_tensors([torch.full((3,), 4e4)], [[torch.full((3,), 7e4)]], "average", dtype=torch.float16)
+    with pytest.raises(ValueError, match="iterations must be 0 or more, got -5"):
+        merge_tensors(None, experts, "karcher", iterations=-5)
     with pytest.raises(ValueError, match="base must be given for sce"):
         merge_tensors(None, experts, "sce")
     experts[1][0][3] = float("nan")

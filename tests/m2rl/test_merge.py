@@ -1,6 +1,7 @@
 """`python -m m2rl.merge` as a user runs it: on folders of safetensors."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from m2rl_kernels.delta_merge import merge_tensors
 from safetensors.torch import load_file, save_file
 
 from m2rl import merge as tool
-from m2rl import merge_sweep
+from m2rl import merge_output, merge_sweep
 from m2rl.merge_yaml import read_config
 from m2rl.safetensors_io import Checkpoint
 from m2rl.types import InputError
@@ -409,6 +410,34 @@ def test_output_folder_is_protected(models, tmp_path):
         tool.merge("someone/nothing-here", experts, "ties", out=tmp_path / "x", density=0.5)
 
 
+@pytest.mark.parametrize("sweeping", [False, True])
+@pytest.mark.parametrize(
+    "out,message",
+    [("base", "is the input"), (".", "holds the input"), ("link", "is the input"), ("file", "is a file")],
+)
+def test_overwrite_never_harms_an_input(models, tmp_path, out, message, sweeping):
+    base, experts, *_ = models
+    (tmp_path / "link").symlink_to(base)
+    (tmp_path / "file").write_text("x")
+    sweep = ["--sweep", "--evaluate", "math", "--k", 1] if sweeping else []
+    done = cli(
+        "--base", base, "--experts", *experts, "--density", 0.2, "--out", tmp_path / out, "--overwrite", *sweep
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert (base / "model.safetensors").exists() and (experts[0] / "model.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_out_may_be_a_link_to_a_folder(models, tmp_path):
+    base, experts, *_ = models
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    tool.merge(base, experts, "average", out=tmp_path / "link")
+    assert (tmp_path / "disk" / "real" / "model.safetensors").exists() and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
+
+
 def test_scalars_and_empty_tensors_merge_with_every_method(tmp_path):
     tensors = {"w": torch.randn(8, 4), "scalar": torch.tensor(1.0), "empty": torch.empty(0, 4)}
     write(tmp_path / "b", {n: x.bfloat16() for n, x in tensors.items()})
@@ -498,6 +527,20 @@ def test_kill_9_leaves_no_half_checkpoint_and_resume_completes_it(models, tmp_pa
     assert not (tmp_path / ".out.partial").exists()
 
 
+def test_an_interruption_while_the_disk_is_waited_for_can_be_continued(models, tmp_path, monkeypatch, capsys):
+    base, experts, *_ = models
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(merge_output, "_sync", interrupt)
+        tool.merge(base, experts, "ties", density=0.5, out=tmp_path / "out")
+    gc.collect()  # the interrupted merge holds its lock as long as it lives
+    tool.merge(base, experts, "ties", density=0.5, out=tmp_path / "out", resume=True)
+    assert f"resuming: {len(SHAPES)} of {len(SHAPES)} tensors" in capsys.readouterr().err
+
+
 def test_resume_of_another_merge_starts_over_and_says_so(models, tmp_path):
     base, experts, *_ = models
     arguments = [
@@ -526,7 +569,7 @@ def test_disk_full_is_an_error_before_anything_is_written(models, tmp_path):
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
         done = cli("--base", base, "--experts", *experts, "--method", "average", "--out", small / "out")
-        assert done.returncode == 2 and "GB free, the merge needs" in done.stderr, done.stderr
+        assert done.returncode == 2 and "MB free, the merge needs" in done.stderr, done.stderr
         assert not list(small.iterdir())
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -572,6 +615,103 @@ def test_finished_bytes_are_sent_early_and_a_disk_error_then_is_not_lost(models,
     monkeypatch.setattr(tool, "stream", stream)
     tool.merge(base, experts, "average", out=out, sync=False)  # nothing is sent, nothing can fail
     assert out.exists()
+
+
+def test_api_names_what_does_not_fit(models):
+    *_, base, experts = models
+    one, norm = experts[0], "model.norm.weight"
+    whole, wide = {"n": torch.ones(2).long()}, {"n": torch.ones(2).double()}
+    assert torch.equal(
+        tool.merge({**base, **wide}, [{**one, **wide}], "average")["n"], wide["n"]
+    )  # copied, as from disk
+    for arguments, options, message in [
+        ((base, [{**one, norm: torch.zeros(3)}]), {}, f"{norm} has shape [32] in model 0 and [3] in model 1"),
+        (
+            ({**base, **whole}, [{**one, "n": torch.ones(2)}]),
+            {},
+            "n has dtype torch.int64 in model 0 and torch.float32",
+        ),
+        ((base, []), {}, "experts must name at least one model"),
+        ((base, [one]), {"seed": 3}, "ties does not read seed"),
+        ((base, [one]), {"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ((base, ["folder"]), {}, "must all be folders, or all state dicts or modules"),
+        ((base, [one]), {"out": "folder"}, "out must be given for folders, and only for folders"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            tool.merge(*arguments, "ties", density=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": ["0", "4"]},
+        {"data_offsets": [0.0, 4.0]},
+        {"shape": [-1, -1]},
+        {"shape": "1"},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_a_header_of_wrong_types_is_one_error(tmp_path, entry):
+    text = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor x"):
+        Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(InputError, match="its header is not JSON"):
+        Checkpoint(tmp_path)
+
+
+def test_the_card_tells_every_input_and_its_weight(models, tmp_path):
+    base, experts, *_ = models
+    same = [str(experts[0]), str(experts[1]), str(experts[0])]
+    tool.merge(str(base), same, "task_arithmetic", weights=[0.5, 0.25, 0.125], out=tmp_path / "sum")
+    tool.merge(str(base), same, "iso_c", out=tmp_path / "spectral")
+    tool.merge(None, [str(tmp_path / "sum")], "average", out=tmp_path / "copy")
+    rows = [
+        line for line in (tmp_path / "sum" / "README.md").read_text().splitlines() if line.startswith(f"| {tmp_path}")
+    ]
+    assert [row.split(" | ")[1] for row in rows] == ["base", "0.5", "0.25", "0.125"]
+    found = {n: json.loads((tmp_path / n / "merge.json").read_text()) for n in ("sum", "spectral", "copy")}
+    contents = [m["content"] for m in found["sum"]["models"]]
+    assert contents[1] == contents[3] and len(set(contents)) == 3
+    assert [m["content"] for m in found["spectral"]["models"]] == contents  # a method in torch reads the same bytes
+    assert found["sum"]["content of the merge"] == found["copy"]["models"][0]["content"]
+    assert found["copy"]["content of the merge"] == found["sum"]["content of the merge"]
+
+
+def test_progress_fits_the_terminal_and_ends_its_line(models, tmp_path, capsys, monkeypatch):
+    base, experts, base_t, _ = models
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(tool, "BATCH_ELEMENTS", 1)
+    tool.merge(base, experts, "ties", density=0.5, scope="model", out=tmp_path / "out", progress=True)
+    shown = capsys.readouterr().err
+    assert shown.endswith("\n") and shown.count("\n") == 1 and "-:-- left  statistics" in shown.split("\r")[1]
+    assert all(len(line.strip("\n")) < 50 for line in shown.split("\r")) and "100 %" in shown and "GB/s" in shown
+    bad = dict(base_t)
+    bad["model.norm.weight"] = bad["model.norm.weight"].clone().fill_(float("nan"))
+    write(tmp_path / "bad", bad)
+    with pytest.raises(InputError, match=r"model\.norm\.weight"):
+        tool.merge(base, [tmp_path / "bad"], "ties", density=0.5, out=tmp_path / "no", progress=True)
+    assert capsys.readouterr().err.endswith("\n")  # what the command says next starts on its own line
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--config", "merge.yaml", "--density", "0.5"], "--density has no effect with --config"),
+        (["--config", "merge.yaml", "--lambda", "0.5"], "--lambda has no effect with --config"),
+        (["--config", "merge.yaml", "--no-normalize"], "--normalize has no effect with --config"),
+        (["--config", "merge.yaml", "--sweep"], "--sweep has no effect with --config"),
+        (["--k", "3", "--density", "0.5"], "--k has no effect without --sweep"),
+        (["--sweep", "--method", "ties", "average", "--seed", "3"], "ties does not read seed"),
+        (["--shard-bytes", "inf", "--density", "0.5"], "infinity"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_an_error(models, tmp_path, arguments, message):
+    base, experts, *_ = models
+    own = [] if "--config" in arguments else ["--base", base, "--experts", *experts]
+    done = cli(*own, *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # ---- mergekit's YAML ----
@@ -626,6 +766,18 @@ def test_yaml_recipe_with_scalars_gradients_and_filters(models, tmp_path):
         ({"models": [{"model": "x+lora", "parameters": {"weight": 1}}]}, "LoRA"),
         ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16"),
         ({"base_model": None}, "base_model is needed by ties"),
+        (
+            {"base_model": {"model": {"path": "b", "revision": "r"}}},
+            "base_model: a model is a folder or a hub id, got {",
+        ),
+        ({"models": [{"model": "x", "parameters": {"weight": [{"filter": 3, "value": 1}]}}]}, "a list of {value, filt"),
+        ({"merge_method": ["ties"]}, "merge_method ['ties'] is not supported"),
+        ({"models": [{"model": "b"}]}, "models must name a model beside the base, got only b"),
+        ({"models": [{"model": "x", "parameters": {"weight": "much"}}]}, "'weight' must be a number, got 'much'"),
+        ({"models": [{"model": "x", "parameters": [1]}]}, "parameters of x must be a mapping"),
+        ({"models": [{"model": "x", "parameters": {"weight": [{"filter": "mlp"}]}}]}, "a list of {value, filter}"),
+        ({"parameters": ["normalize"]}, "parameters must be a mapping of names to values, got ['normalize']"),
+        ({"parameters": {"normalize": "maybe"}}, "'normalize' must be true or false, got 'maybe'"),
     ],
 )
 def test_yaml_that_is_not_supported_names_the_key(tmp_path, change, message):
@@ -634,8 +786,19 @@ def test_yaml_that_is_not_supported_names_the_key(tmp_path, change, message):
         "base_model": "b",
         "models": [{"model": "x", "parameters": {"weight": 1, "density": 0.5}}],
     }
-    with pytest.raises(InputError, match=message.replace("(", r"\(").replace("+", r"\+")):
+    with pytest.raises(InputError, match=re.escape(message)):
         read_config(yaml_file(tmp_path, **{**config, **change}))
+
+
+def test_yaml_numbers_in_exponent_notation_are_numbers(tmp_path):
+    """PyYAML reads 1e-1 as text: the recipe once got 1.0 in its place. mergekit reads a number."""
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "merge_method: breadcrumbs\nbase_model: b\nmodels:\n"
+        "- model: x\n  parameters: {weight: 1e-1, density: 5e-1, gamma: 1e-2}\nparameters: {lambda: 2e-1}\n"
+    )
+    found = read_config(path).recipe
+    assert (found.weights, found.density, found.gamma, found.lam) == ((0.1,), (0.5,), 0.01, 0.2)
 
 
 # ---- sweep ----
