@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import math
@@ -664,10 +665,15 @@ def run(args: argparse.Namespace) -> None:
     if args.config:
         from m2rl.merge_yaml import read_config
 
-        _refuse(args, ["base", "experts", "method", "density", "lam", *OPTIONS, "sweep", *SWEEP], "with --config")
+        named_there = [name for name in OPTIONS if name != "seed"]  # mergekit too takes its seed from the command line
+        _refuse(args, ["base", "experts", "method", "density", "lam", *named_there, "sweep", *SWEEP], "with --config")
         plan = read_config(args.config)
         shared["dtype"] = args.dtype or plan.dtype
-        _merge_one(args.out, plan.base, plan.experts, plan.recipe, shared)
+        chosen = plan.recipe
+        if args.seed is not None:
+            check_read(chosen.method, ["seed"])
+            chosen = dataclasses.replace(chosen, seed=args.seed)
+        _merge_one(args.out, plan.base, plan.experts, chosen, shared)
         return
     options, methods = {name: getattr(args, name) for name in OPTIONS}, args.method or ["ties"]
     given = [name for name, value in options.items() if value is not None]

@@ -695,6 +695,22 @@ def test_progress_fits_the_terminal_and_ends_its_line(models, tmp_path, capsys, 
     assert capsys.readouterr().err.endswith("\n")  # what the command says next starts on its own line
 
 
+def test_a_seed_beside_a_recipe_file_draws_other_masks(models, tmp_path):
+    base, experts, *_ = models
+    (tmp_path / "dare.yaml").write_text(
+        f"merge_method: dare_linear\nbase_model: {base}\nmodels:\n"
+        + "".join(f"- model: {e}\n  parameters: {{density: 0.5}}\n" for e in experts)
+    )
+    drawn = {}
+    for name, seed in (("none", []), ("zero", ["--seed", "0"]), ("one", ["--seed", "1"])):
+        assert tool.main(["--config", str(tmp_path / "dare.yaml"), *seed, "--out", str(tmp_path / name)]) == 0
+        drawn[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert drawn["none"] == drawn["zero"] != drawn["one"]
+    (tmp_path / "ties.yaml").write_text((tmp_path / "dare.yaml").read_text().replace("dare_linear", "ties"))
+    with pytest.raises(InputError, match="ties does not read seed"):
+        tool.main(["--config", str(tmp_path / "ties.yaml"), "--seed", "1", "--out", str(tmp_path / "x")])
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
