@@ -699,7 +699,7 @@ def test_a_seed_beside_a_recipe_file_draws_other_masks(models, tmp_path):
     base, experts, *_ = models
     (tmp_path / "dare.yaml").write_text(
         f"merge_method: dare_linear\nbase_model: {base}\nmodels:\n"
-        + "".join(f"- model: {e}\n  parameters: {{density: 0.5}}\n" for e in experts)
+        + "".join(f"- model: {e}\n  parameters: {{weight: 1.0, density: 0.5}}\n" for e in experts)
     )
     drawn = {}
     for name, seed in (("none", []), ("zero", ["--seed", "0"]), ("one", ["--seed", "1"])):
