@@ -20,4 +20,16 @@ inline int best_isa(int limit) {
 #endif
 }
 
+inline int this_isa() {
+  static const int isa = best_isa(kAvx512);
+  return isa;
+}
+
+// Of <table>_base, <table>_avx2 and <table>_avx512, the one for an instruction set.
+#if defined(__x86_64__)
+#define M2RL_VARIANT(table, isa) ((isa) == kAvx512 ? table##_avx512 : (isa) == kAvx2 ? table##_avx2 : table##_base)
+#else
+#define M2RL_VARIANT(table, isa) (static_cast<void>(isa), table##_base)
+#endif
+
 }  // namespace m2rl

@@ -28,13 +28,7 @@ namespace {
 
 int g_isa = best_isa(kAvx512);
 
-const MergeBlocks& blocks() {
-#if defined(__x86_64__)
-  if (g_isa == kAvx512) return merge_blocks_avx512;
-  if (g_isa == kAvx2) return merge_blocks_avx2;
-#endif
-  return merge_blocks_base;
-}
+const MergeBlocks& blocks() { return M2RL_VARIANT(merge_blocks, g_isa); }
 
 // fn(task, thread) for every task, tasks handed out in order
 template <typename F>
@@ -280,7 +274,9 @@ class Selector {
     scan(active, threads, report_);
     std::vector<char> settled(searches.size());
     parallel_for(static_cast<int64_t>(searches.size()), threads, [&](int64_t j, int) {
-      settled[static_cast<size_t>(j)] = settle(searches[static_cast<size_t>(j)]);
+      Search& s = searches[static_cast<size_t>(j)];
+      settled[static_cast<size_t>(j)] = settle(s);
+      s.stored.clear();
     });
     for (size_t j = 0; j < searches.size(); ++j) {
       if (settled[j]) continue;

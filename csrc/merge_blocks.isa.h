@@ -1,4 +1,5 @@
-// Compiled once per instruction set (see CMakeLists.txt). Plain loops that the compiler vectorises, except bracket().
+// Compiled once per instruction set (see CMakeLists.txt). Plain loops that the compiler vectorises, except
+// where a loop over experts or a compression is written out.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -385,16 +386,12 @@ void variance(float* __restrict v, const float* const* d, int experts, int n) {
   const bool exact = (experts & (experts - 1)) == 0;  // a power of two: the product is the quotient, bit for bit
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    Lanes mean = {}, total = {}, x;
-    for (int k = 0; k < experts; ++k) {
-      std::memcpy(&x, d[k] + i, sizeof x);
-      mean += x;
-    }
+    Lanes mean = {}, total = {};
+    for (int k = 0; k < experts; ++k) mean += load_lanes(d[k] + i);
     if (exact) mean *= inverse;
     else mean /= share;
     for (int k = 0; k < experts; ++k) {
-      std::memcpy(&x, d[k] + i, sizeof x);
-      x -= mean;
+      const Lanes x = load_lanes(d[k] + i) - mean;
       total += x * x;
     }
     if (exact) total *= inverse;

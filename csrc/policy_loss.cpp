@@ -15,14 +15,7 @@ using namespace m2rl;
 
 namespace {
 
-const PolicyLossBlocks& blocks() {
-#if defined(__x86_64__)
-  static const int isa = best_isa(kAvx512);
-  return isa == kAvx512 ? policy_loss_blocks_avx512 : isa == kAvx2 ? policy_loss_blocks_avx2 : policy_loss_blocks_base;
-#else
-  return policy_loss_blocks_base;
-#endif
-}
+const PolicyLossBlocks& blocks() { return M2RL_VARIANT(policy_loss_blocks, this_isa()); }
 
 }  // namespace
 

@@ -15,14 +15,7 @@ using namespace m2rl;
 
 namespace {
 
-const SoftmaxBlocks& blocks() {
-#if defined(__x86_64__)
-  static const int isa = best_isa(kAvx512);
-  return isa == kAvx512 ? softmax_blocks_avx512 : isa == kAvx2 ? softmax_blocks_avx2 : softmax_blocks_base;
-#else
-  return softmax_blocks_base;
-#endif
-}
+const SoftmaxBlocks& blocks() { return M2RL_VARIANT(softmax_blocks, this_isa()); }
 
 constexpr int64_t kWorthAThread = int64_t{1} << 17;  // elements: what starting one costs
 

@@ -23,18 +23,8 @@ namespace {
 
 constexpr int64_t kTask = 64 * kStatsBlock;
 
-int isa() {
-  static const int best = best_isa(kAvx512);
-  return best;
-}
-
-#if defined(__x86_64__)
-const StatsBlocks& stats() { return isa() == kAvx512 ? stats_blocks_avx512 : isa() == kAvx2 ? stats_blocks_avx2 : stats_blocks_base; }
-const SyncBlocks& conversions() { return isa() == kAvx512 ? sync_blocks_avx512 : isa() == kAvx2 ? sync_blocks_avx2 : sync_blocks_base; }
-#else
-const StatsBlocks& stats() { return stats_blocks_base; }
-const SyncBlocks& conversions() { return sync_blocks_base; }
-#endif
+const StatsBlocks& stats() { return M2RL_VARIANT(stats_blocks, this_isa()); }
+const SyncBlocks& conversions() { return M2RL_VARIANT(sync_blocks, this_isa()); }
 
 void for_each_task(int64_t tasks, int32_t threads, const std::function<void(int64_t)>& fn) {
   std::atomic<int64_t> next{0};

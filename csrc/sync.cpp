@@ -18,14 +18,7 @@ namespace {
 
 constexpr int64_t kTask = 1 << 18;  // elements handed to a thread at a time
 
-const SyncBlocks& blocks() {
-#if defined(__x86_64__)
-  static const int isa = best_isa(kAvx512);
-  if (isa == kAvx512) return sync_blocks_avx512;
-  if (isa == kAvx2) return sync_blocks_avx2;
-#endif
-  return sync_blocks_base;
-}
+const SyncBlocks& blocks() { return M2RL_VARIANT(sync_blocks, this_isa()); }
 
 int64_t item_size(int32_t dtype) { return dtype == M2RL_F32 ? 4 : 2; }
 

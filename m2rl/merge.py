@@ -101,10 +101,8 @@ class Progress:
             self.last = now
             rate = self.done / max(now - self.start, 1e-9)
             left = (self.total - self.done) / max(rate, 1)
-            share, clock = (
-                100 * self.done / self.total,
-                f"{int(left) // 60}:{int(left) % 60:02d}" if self.done else "-:--",
-            )
+            share = 100 * self.done / self.total
+            clock = f"{int(left) // 60}:{int(left) % 60:02d}" if self.done else "-:--"
             line = f"{share:3.0f} %  {rate / 1e9:5.2f} GB/s  {clock} left  {label[:60]:60s}"
             width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be written over
             print(f"\r{line[:width]}", end="", file=sys.stderr, flush=True)
@@ -192,40 +190,26 @@ def stream(
     recipes = [o.recipe for o in outputs]
     read_all = any(map(_needs_whole_model, recipes)) * sum(c.tensors[n].size for n in inputs.merged for c in inputs.all)
     with contextlib.closing(Progress(sum(size.values()) + read_all, progress)) as bar:
-        _run_passes(inputs, outputs, names, size, read_all, bar, with_base, place)
+        if read_all:
+            bar.add(0, "statistics of the whole model")
+        whole = whole_statistics(inputs, recipes, with_base, place)
+        if whole:
+            bar.add(read_all, "statistics of the whole model")
+        for batch in batches(inputs, names):
+            tensors = as_tensors(inputs, batch, with_base)
+            statistics = batch_statistics(inputs, tensors, recipes, whole, place)
+            for i, output in enumerate(outputs):
+                if i in statistics:
+                    _apply(inputs, tensors, output, statistics[i], place)
+                else:
+                    _apply_spectral(inputs, batch, output)
+            bar.add(sum(size[n] for n in batch), batch[-1])
     for output in outputs:
         for name in inputs.copied:
             _copy(inputs, name, output)
     for checkpoint in inputs.all:
         checkpoint.check_unchanged()
     return [_summary(inputs, output) for output in outputs]
-
-
-def _run_passes(
-    inputs: Inputs,
-    outputs: Sequence[Output],
-    names: Sequence[str],
-    size: Mapping[str, int],
-    read_all: int,
-    bar: Progress,
-    with_base: bool,
-    place: Device,
-) -> None:
-    recipes = [o.recipe for o in outputs]
-    if read_all:
-        bar.add(0, "statistics of the whole model")
-    whole = whole_statistics(inputs, recipes, with_base, place)
-    if whole:
-        bar.add(read_all, "statistics of the whole model")
-    for batch in batches(inputs, names):
-        tensors = as_tensors(inputs, batch, with_base)
-        statistics = batch_statistics(inputs, tensors, recipes, whole, place)
-        for i, output in enumerate(outputs):
-            if i in statistics:
-                _apply(inputs, tensors, output, statistics[i], place)
-            else:
-                _apply_spectral(inputs, batch, output)
-        bar.add(sum(size[n] for n in batch), batch[-1])
 
 
 Whole = dict[int, tuple[dict[str, int], Statistics]]  # recipe -> (tensor -> row, statistics of every tensor)
