@@ -352,9 +352,7 @@ def test_bench_merge(benchmark, method, provider):
     if method not in ("ties", "dare_linear"):  # no ties at the threshold, no randomness: the same numbers
         wrong = (ours() != eager(method, base, experts)).float().mean()
         assert wrong < 1e-3, wrong
-    readings = (
-        1 if method in ("average", "task_arithmetic", "dare_linear") else 2
-    )  # TIES and SCE look before they merge
+    readings = 2 if method in ("ties", "sce") else 1  # those two look before they merge
     floor_bytes = (readings * (K + (method != "average")) + 1) * 2 * N
     source = torch.ones(floor_bytes // 2, dtype=torch.int8)
     target = torch.empty_like(source)
