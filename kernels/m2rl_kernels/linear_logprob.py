@@ -77,7 +77,8 @@ def linear_logprob(
         Nothing is cached then (four matrix products), and a row on the guard path costs one more reduction.
 
     On CUDA a target outside [0, V) gives NaN (a check would wait for the device); on the CPU it is a ValueError. A
-    ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton.
+    ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton; on the CPU a
+    vocabulary of one block without the C++ library.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group)
     if tp_group is not None:

@@ -33,7 +33,8 @@ def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 
 
     logits [N, V]: float16, bfloat16, float32 (float64 runs the reference, for gradcheck), unit stride along V.
     targets [N]: int64 or int32 in [0, V). On CUDA a target outside gives NaN; on the CPU it is a ValueError.
-    A ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton.
+    A ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton; rows of at most
+    4096 logits on the CPU without the C++ library.
     """
     _check(logits_NV, targets_N, temperature)
     if logits_NV.dtype == torch.float64:
