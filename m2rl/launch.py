@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -37,6 +38,11 @@ def process_group(threads: int, always: bool = False) -> Iterator[torch.device]:
     finally:
         if started and dist.is_initialized() and "vllm" not in sys.modules:  # vLLM ends the groups itself, at exit
             dist.destroy_process_group()
+        # Gloo's threads outlive the group while a DeviceMesh holds it, and may still have to drop the tensors of the
+        # last collective. Python up to 3.13 kills a thread that asks for the GIL once the interpreter is ending, and
+        # the C++ around it aborts the process: let them have it before.
+        if started:
+            time.sleep(0.1)
 
 
 class Stopping:

@@ -34,3 +34,8 @@ def test_two_ranks_equal_one(tmp_path, tied, tokens_per_bin, replicas, checkpoin
         np.testing.assert_allclose(a, b, atol=1e-5)
     for name, p in one["parameters"].items():
         torch.testing.assert_close(p, two["parameters"][name], rtol=0, atol=2e-4)
+
+
+def test_a_rank_may_end_right_after_a_collective():
+    done = torchrun(str(SUPPORT / "last_collective.py"), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
