@@ -12,7 +12,6 @@
 #include <functional>
 #include <memory>
 #include <numeric>
-#include <thread>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -21,6 +20,7 @@
 #include "merge_blocks.h"
 #include "ops.h"
 #include "radix.h"
+#include "team.h"
 
 using namespace m2rl;
 
@@ -29,24 +29,6 @@ namespace {
 int g_isa = best_isa(kAvx512);
 
 const MergeBlocks& blocks() { return M2RL_VARIANT(merge_blocks, g_isa); }
-
-// fn(task, thread) for every task, tasks handed out in order
-template <typename F>
-void parallel_for(int64_t tasks, int threads, F&& fn) {
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
-  if (threads == 1) {
-    for (int64_t i = 0; i < tasks; ++i) fn(i, 0);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  auto work = [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(i, thread);
-  };
-  std::vector<std::thread> team;
-  for (int t = 1; t < threads; ++t) team.emplace_back(work, t);
-  work(0);
-  for (auto& member : team) member.join();
-}
 
 int64_t item_size(int32_t dtype) { return dtype == M2RL_F32 ? 4 : 2; }
 

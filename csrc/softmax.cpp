@@ -1,11 +1,10 @@
 // Log-probability, entropy and gradient of softmax rows on the host. Python: kernels/m2rl_kernels/linear_logprob.py.
 #include <algorithm>
-#include <thread>
-#include <vector>
 
 #include "isa.h"
 #include "ops.h"
 #include "softmax_blocks.h"
+#include "team.h"
 
 namespace m2rl {
 extern const SoftmaxBlocks softmax_blocks_base, softmax_blocks_avx2, softmax_blocks_avx512;
@@ -24,14 +23,10 @@ constexpr int64_t kWorthAThread = int64_t{1} << 17;  // elements: what starting 
 void m2rl_softmax_rows(const float* z, int64_t rows, int64_t columns, float scale, const int64_t* target, const float* weight,
                        float* grad, float* logp, float* plogp, int32_t threads) {
   const SoftmaxBlocks& ops = blocks();
-  auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows * columns / kWorthAThread));
+  parallel_for(parts, threads, [&](int64_t part, int) {
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
       ops.row(z + r * columns, static_cast<int>(columns), scale, target[r], weight == nullptr ? 1.0f : weight[r],
               grad == nullptr ? nullptr : grad + r * columns, logp + r, plogp == nullptr ? nullptr : plogp + r);
-  };
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows * columns / kWorthAThread));
-  std::vector<std::thread> team;
-  for (int64_t part = 1; part < parts; ++part) team.emplace_back(work, rows * part / parts, rows * (part + 1) / parts);
-  work(0, rows / parts);
-  for (auto& member : team) member.join();
+  });
 }

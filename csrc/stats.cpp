@@ -2,8 +2,6 @@
 // added in the order of tasks: the result does not depend on the number of threads.
 #include <algorithm>
 #include <atomic>
-#include <functional>
-#include <thread>
 #include <vector>
 
 #include "counter_rng.h"
@@ -11,6 +9,7 @@
 #include "ops.h"
 #include "stats_blocks.h"
 #include "sync_blocks.h"
+#include "team.h"
 
 using namespace m2rl;
 
@@ -26,17 +25,6 @@ constexpr int64_t kTask = 64 * kStatsBlock;
 const StatsBlocks& stats() { return M2RL_VARIANT(stats_blocks, this_isa()); }
 const SyncBlocks& conversions() { return M2RL_VARIANT(sync_blocks, this_isa()); }
 
-void for_each_task(int64_t tasks, int32_t threads, const std::function<void(int64_t)>& fn) {
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(t);
-  };
-  std::vector<std::thread> team;
-  for (int64_t t = 1; t < std::min<int64_t>(threads, tasks); ++t) team.emplace_back(work);
-  work();
-  for (auto& member : team) member.join();
-}
-
 void read(const void* from, int32_t dtype, int64_t at, int64_t n, float* to) {
   conversions().convert(static_cast<const char*>(from) + at * (dtype == M2RL_F32 ? 4 : 2), dtype, to, M2RL_F32, n);
 }
@@ -51,7 +39,7 @@ void m2rl_delta_stats(int64_t numel, int32_t models, const void* base, int32_t b
   std::atomic<int64_t>* total = nullptr;
   static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t), "counts are added in place");
   total = reinterpret_cast<std::atomic<int64_t>*>(counts);
-  for_each_task(tasks, threads, [&](int64_t task) {
+  parallel_for(tasks, threads, [&](int64_t task, int) {
     std::vector<float> b(kStatsBlock), d(M * kStatsBlock);
     std::vector<uint64_t> bits(2 * M * kStatsWords);
     std::vector<int64_t> count(n_counts, 0);
@@ -88,7 +76,7 @@ void m2rl_count_sketch(int64_t numel, const void* x, int32_t x_dtype, const void
   const int64_t per_task = std::max<int64_t>(1, (int64_t{1} << 20) / size), tiles = (numel + size - 1) / size;
   const int64_t tasks = (tiles + per_task - 1) / per_task;
   std::vector<double> partial(tasks * size, 0.0);
-  for_each_task(tasks, threads, [&](int64_t task) {
+  parallel_for(tasks, threads, [&](int64_t task, int) {
     std::vector<float> d(size), b(base != nullptr ? size : 0);
     std::vector<uint32_t> signs((size + 127) / 128 * 4);
     for (int64_t tile = task * per_task; tile < std::min(tiles, (task + 1) * per_task); ++tile) {

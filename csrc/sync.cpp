@@ -1,12 +1,11 @@
 // Weight synchronisation on the CPU: many strided 2-D copies with a conversion, and position-dependent checksums.
 #include <algorithm>
-#include <atomic>
-#include <thread>
 #include <vector>
 
 #include "isa.h"
 #include "ops.h"
 #include "sync_blocks.h"
+#include "team.h"
 
 using namespace m2rl;
 
@@ -44,25 +43,14 @@ std::vector<Task> split(const M2rlCopy* copies, int64_t n) {
   return tasks;
 }
 
-template <typename F>
-void for_each(const std::vector<Task>& tasks, int32_t threads, F&& fn) {
-  const int team_size = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, static_cast<int64_t>(tasks.size()))));
-  std::atomic<size_t> next{0};
-  auto work = [&] {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) fn(tasks[i]);
-  };
-  std::vector<std::thread> team;
-  for (int t = 1; t < team_size; ++t) team.emplace_back(work);
-  work();
-  for (auto& member : team) member.join();
-}
-
 }  // namespace
 
 void m2rl_sync_copy(const M2rlCopy* copies, int64_t n, int32_t src_dtype, int32_t dst_dtype, int32_t threads) {
   const SyncBlocks& ops = blocks();
   const int64_t in = item_size(src_dtype), out = item_size(dst_dtype);
-  for_each(split(copies, n), threads, [&](const Task& t) {
+  const std::vector<Task> tasks = split(copies, n);
+  parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int) {
+    const Task& t = tasks[static_cast<size_t>(i)];
     const M2rlCopy& c = *t.copy;
     for (int64_t r = t.row; r < t.row + t.rows; ++r)
       ops.convert(static_cast<const char*>(c.src) + (r * c.src_stride + t.column) * in, src_dtype,
@@ -73,7 +61,9 @@ void m2rl_sync_copy(const M2rlCopy* copies, int64_t n, int32_t src_dtype, int32_
 void m2rl_sync_checksum(const M2rlCopy* copies, int64_t n, int32_t src_dtype, int32_t dst_dtype, uint64_t* sums, int32_t threads) {
   const SyncBlocks& ops = blocks();
   const int64_t in = item_size(src_dtype), out = item_size(dst_dtype);
-  for_each(split(copies, n), threads, [&](const Task& t) {
+  const std::vector<Task> tasks = split(copies, n);
+  parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int) {
+    const Task& t = tasks[static_cast<size_t>(i)];
     const M2rlCopy& c = *t.copy;
     std::vector<char> converted(4096 * out);
     uint64_t sum[2] = {0, 0};

@@ -1,6 +1,9 @@
 """SyncPlan on simulated ranks, bitwise: FSDP worlds 1-8, TP 1-4; Qwen3, Llama, Qwen2 shapes; tied and untied heads."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -278,6 +281,24 @@ def test_checksum_does_not_depend_on_threads(monkeypatch):
     one = checksum(x)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert torch.equal(one, checksum(x))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited through /proc and setrlimit of Linux")
+def test_threads_that_the_system_refuses_are_done_without():
+    program = """if True:
+        import resource, torch
+        from m2rl_kernels import checksum
+        x = torch.arange(1 << 20, dtype=torch.float32)
+        checksum([x[:8]])
+        expected = checksum([x])
+        torch.set_num_threads(4)
+        in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 20),) * 2)  # less than the stack of a thread
+        assert torch.equal(checksum([x]), expected)
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name,tp", [("qwen3", 2), ("qwen3 untied", 4), ("qwen2", 1)])

@@ -1,4 +1,4 @@
-"""Run under torchrun: a rank whose last act is a collective, while a mesh holds its group and nobody hands over the GIL."""
+"""Run under torchrun: a rank whose last act is a collective, while a mesh holds its group and nobody yields the GIL."""
 
 import sys
 
