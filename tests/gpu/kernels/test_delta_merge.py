@@ -3,44 +3,11 @@
 import pytest
 import torch
 from m2rl_kernels.delta_merge import merge_tensors, topk_masks
+from merge_cases import EXACT, SUMMED, models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SHAPES = [(700, 33), (5000,), (1,), (0, 4), (300, 257), (1 << 20,)]
-EXACT = [
-    ("average", {}),
-    ("task_arithmetic", {"lam": 0.7}),
-    ("ties", {"density": 0.2}),
-    ("ties", {"density": 0.3, "scope": "model"}),
-    ("ties", {"density": 0.3, "preset": "paper"}),
-    ("dare_linear", {"density": 0.3}),
-    ("dare_ties", {"density": 0.5}),
-    ("dare_ties", {"density": 0.8, "trim_density": 0.2}),
-    ("ram", {}),
-    ("ram_plus", {}),
-    ("breadcrumbs", {"density": 0.3}),
-    ("ties", {"density": 0.2, "compute_dtype": "bfloat16"}),
-]
-SUMMED = [
-    ("sce", {}),
-    ("sce", {"density": 0.2}),
-    ("dare_linear", {"density": 0.3, "rescale": "l1"}),
-    ("model_stock", {}),
-    ("karcher", {}),
-]
-
-
-def models(dtype, experts):
-    g = torch.Generator().manual_seed(0)
-    base = [torch.randn(s, generator=g) * 0.05 for s in SHAPES]
-    tuned = [
-        [
-            (b + torch.randn(b.shape, generator=g) * 1e-3 * (torch.rand(b.shape, generator=g) < 0.4)).to(dtype)
-            for b in base
-        ]
-        for _ in range(experts)
-    ]
-    return [b.to(dtype) for b in base], tuned
 
 
 def on_gpu(tensors):
@@ -51,7 +18,7 @@ def on_gpu(tensors):
 @pytest.mark.parametrize("experts", [1, 3, 4, 7])
 @pytest.mark.parametrize("method,options", EXACT)
 def test_bits_are_those_of_the_cpu(method, options, experts, dtype):
-    base, tuned = models(dtype, experts)
+    base, tuned = models(SHAPES, dtype, experts)
     want = merge_tensors(base, tuned, method, **options)
     got = merge_tensors(on_gpu(base), [on_gpu(e) for e in tuned], method, **options)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
@@ -59,7 +26,7 @@ def test_bits_are_those_of_the_cpu(method, options, experts, dtype):
 
 @pytest.mark.parametrize("method,options", SUMMED)
 def test_rules_with_float64_sums_agree_to_a_step(method, options):
-    base, tuned = models(torch.float32, 4)
+    base, tuned = models(SHAPES, torch.float32, 4)
     want = merge_tensors(base, tuned, method, **options)
     got = merge_tensors(on_gpu(base), [on_gpu(e) for e in tuned], method, **options)
     assert all(not a.numel() or float((a.cpu() - b).abs().max()) < 1e-7 for a, b in zip(got, want))
@@ -69,14 +36,14 @@ def test_rules_with_float64_sums_agree_to_a_step(method, options):
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_sets_are_those_of_the_cpu(density, scope, dtype):
-    base, tuned = models(dtype, 2)
+    base, tuned = models(SHAPES, dtype, 2)
     want = topk_masks(base, tuned, density, scope=scope)
     got = topk_masks(on_gpu(base), [on_gpu(e) for e in tuned], density, scope=scope)
     assert all(torch.equal(a.cpu(), b) for x, y in zip(got, want) for a, b in zip(x, y))
 
 
 def test_unaligned_views_and_shards():
-    base, tuned = models(torch.bfloat16, 2)
+    base, tuned = models(SHAPES, torch.bfloat16, 2)
     b, e = base[5].cuda(), [x[5].cuda() for x in tuned]
     whole = merge_tensors([b], [[x] for x in e], "dare_linear", density=0.5, names=["w"])[0]
     for cut in (1, 77, 128, 4096):
@@ -87,7 +54,7 @@ def test_unaligned_views_and_shards():
 
 
 def test_nan_is_named():
-    base, tuned = models(torch.float32, 2)
+    base, tuned = models(SHAPES, torch.float32, 2)
     tuned[1][4][3, 5] = float("nan")
     for method in ("average", "ties", "sce"):
         with pytest.raises(ValueError, match="tensor 4 of expert 1 has 1 NaN or infinite"):
