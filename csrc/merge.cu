@@ -2,8 +2,8 @@
 // operations, same Philox: elementwise results and kept sets are those of the CPU, bit for bit; float64 sums add in another
 // order. Tables arrive on the host and are uploaded by each call; answers come back to the host, so each call synchronises once.
 //
-//   select   histogram of the high 15 bits of the key in shared memory (zeros counted in a register), then of the low 16 bits of
-//            the boundary bin, then ties per chunk: three readings
+//   select   a sample brackets each rank; one reading counts what lies above, stores what lies inside, and counts a heavy value per
+//            chunk; digit by digit the stored keys give the answer. A bracket that missed costs four more readings
 //   apply    8 elements per thread, 16-byte loads where the addresses allow, K <= 8 experts in registers
 #include <cerrno>
 #include <cuda_runtime.h>
@@ -21,7 +21,6 @@ using namespace m2rl;
 namespace {
 
 constexpr int kThreads = 256, kVector = 8, kMaxExperts = 8;
-constexpr int kHighBins = 32768, kLowBins = 65536;
 using U64 = unsigned long long;
 
 struct Chunk {
@@ -475,12 +474,36 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(View in, RuleView r, int
 
 // ---- select ----
 
-struct Search {  // one (group, list, rank)
-  int64_t pair, rank;                     // which histogram (local to the slab); how many to keep, still, from the current range
-  int64_t first_chunk, last_chunk;        // of its group
-  uint32_t prefix;                        // high 15 bits, then the whole key
-  int64_t above, equal;                   // keys above the range; keys in it
-  int64_t cut;
+constexpr int kBins = 2048, kDigit = 11, kDigits = 3;  // 3 digits of 11 bits hold the 31 bits of a key
+constexpr int kMaxRanks = 2, kStage = 2 * kThreads * kVector;
+constexpr int kCluster = 32, kMostDraws = 32768;   // elements per draw of the sample, and draws at most
+constexpr int64_t kWhole = 4096;                   // up to here every key is stored and no sample is needed
+constexpr int64_t kMostStored = int64_t{1} << 24;  // keys of one search
+constexpr int64_t kSlab = int64_t{1} << 26, kMostSearches = 512;  // of one slab: stored keys (512 MiB), searches
+constexpr uint32_t kNone = 0xffffffffu;            // no key
+
+constexpr int kRunsPerProcessor = 4;               // blocks of the reading, per list
+
+// Stored keys of one search: several times what the bracket should hold.
+int64_t room_for(int64_t total) { return total <= kWhole ? total : std::min(kMostStored, total / 16 + 2 * kWhole); }
+
+enum Where : int { kTop, kInside, kBottom, kSearched, kPlaces };  // whose ties are counted per chunk
+
+struct Search {  // one (group, list, rank): the rank-th largest key of a list
+  int64_t rank, total;              // elements to keep (0: answered on the host) and in the group
+  int64_t first_chunk, last_chunk;  // of its group
+  int64_t sample, draws;            // first key of its list's sample, and how many clusters
+  int64_t store, room;              // its stretch of the stored keys
+  uint32_t lo, hi;                  // the bracket; heavy values (zero, a step of bfloat16) at its ends lie just outside
+  uint32_t top, bottom;             //   and are counted, not stored; kNone: no such value
+  U64 over, count[kSearched];     // keys above all that; keys at the top value, inside the bracket, at the bottom value
+  U64 stored;
+  int32_t place;                    // where the answer lies, kSearched until it is known
+  int32_t missed;                   // outside the bracket, or not all of it was stored
+  uint32_t digits;                  // the leading digits of (answer - lo)
+  int64_t left;                     // the answer's rank among the keys that begin with them
+  uint32_t threshold;
+  int64_t above, equal, cut;        // keys above the threshold, keys at it, flat index of the last that is kept
 };
 
 // Keys of one list at 8 elements: |d| of expert `list`, or the variance over experts.
@@ -503,42 +526,233 @@ __device__ __forceinline__ void keys8(const View& in, const RuleView& r, int fil
   }
 }
 
-// Neighbouring blocks are the lists of one run of chunks, so that the base comes out of the second-level cache for all but the first.
-// The shared histogram is flushed when the group changes.
-template <bool kVariance>
-__global__ void __launch_bounds__(kThreads) high_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int32_t* group_of,
-                                                        int64_t chunk_count, int lists, U64* bins, ReportView report) {
-  extern __shared__ uint32_t histogram[];
-  __shared__ uint16_t lanes[kThreads * kVector];
-  const int list = static_cast<int>(blockIdx.x) % lists;
-  const int64_t run = blockIdx.x / lists, runs = gridDim.x / lists, from = chunk_count * run / runs, upto = chunk_count * (run + 1) / runs;
-  for (int bin = threadIdx.x; bin < kHighBins; bin += kThreads) histogram[bin] = 0;
+__device__ __forceinline__ int within(int64_t upto, int64_t i) {  // of 8 elements from i
+  return static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), upto - i)));
+}
+
+template <typename T>
+__device__ __forceinline__ T sum_upto(T value) {  // of this lane and those before it
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, value, offset);
+    if (static_cast<int>(threadIdx.x & 31) >= offset) value += other;
+  }
+  return value;
+}
+
+// Where bin by bin from the top the rank falls (1: the largest). For the whole block; the answer is shared.
+struct Bin {
+  uint32_t bin;
+  U64 before, here;  // in the bins above it, and in it
+};
+
+template <typename Count>
+__device__ void find_bin(const Count* bins, U64 rank, Bin& found) {
+  __shared__ U64 part[kThreads];
+  const int share = kBins / kThreads, top = kBins - 1 - static_cast<int>(threadIdx.x) * share;  // thread 0 owns the top bins
+  U64 total = 0, before = 0;
+  for (int j = 0; j < share; ++j) total += bins[top - j];
+  part[threadIdx.x] = total;
   __syncthreads();
-  int64_t zeros = 0;
-  auto flush = [&](int group) {
+  for (int q = 0; q < static_cast<int>(threadIdx.x); ++q) before += part[q];
+  if (rank > before && rank <= before + total) {
+    int bin = top;
+    while (rank > before + bins[bin]) before += bins[bin--];
+    found = {static_cast<uint32_t>(bin), before, static_cast<U64>(bins[bin])};
+  }
+  __syncthreads();
+}
+
+// A list's keys at clusters of neighbours, jittered inside equal strata of the group by a fixed hash. A block takes 64 of them.
+template <bool kVariance>
+__global__ void __launch_bounds__(kThreads) sample_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int64_t* chunk_base,
+                                                          const Search* searches, int lists, int ranks, uint32_t* sample) {
+  __shared__ uint16_t lanes[kThreads * kVector];
+  const int list = static_cast<int>(blockIdx.y) % lists;
+  const Search& s = searches[static_cast<int64_t>(blockIdx.y) * ranks];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kVector / kCluster);
+  if (first >= s.draws) return;
+  const int64_t draw = min(s.draws - 1, first + threadIdx.x * kVector / kCluster), width = s.total / s.draws;
+  const U64 jitter = (static_cast<U64>(draw) * 0x9E3779B97F4A7C15ull) >> 40;
+  const int64_t at = draw * width + static_cast<int64_t>(jitter % static_cast<U64>(width));
+  int64_t low = s.first_chunk, high = s.last_chunk;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (chunk_base[middle] <= at) low = middle;
+    else high = middle;
+  }
+  const Chunk chunk = chunks[low];
+  const int offset = static_cast<int>(threadIdx.x * kVector) % kCluster;
+  const int64_t i = chunk.begin + (at - chunk_base[low]) / kCluster * kCluster + offset;
+  const int n = within(chunk.end, i);
+  Counters count;
+  uint32_t key[kVector];
+  keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) sample[s.sample + draw * kCluster + offset + j] = j < n ? key[j] : kNone;
+}
+
+// Bracket one search's rank by 4 standard deviations of the sample. How alike neighbours are is measured, by the spread of the clusters'
+// counts. A bracket that misses costs time, never the answer.
+__global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, const uint32_t* sample) {
+  __shared__ uint32_t histogram[kBins];
+  __shared__ Bin found;
+  __shared__ U64 sums[4];
+  __shared__ double spread[2][kThreads];
+  Search& s = searches[blockIdx.x];
+  if (s.rank <= 0 || s.draws == 0) return;
+  const uint32_t* keys = sample + s.sample;
+  const int64_t size = s.draws * kCluster;
+  auto total = [&](int64_t value, int slot) {  // over the block
+    if (threadIdx.x == 0) sums[slot] = 0;
     __syncthreads();
-    U64* target = bins + (static_cast<int64_t>(group) * lists + list) * kHighBins;
-    add_count(reinterpret_cast<int64_t*>(target), zeros);
-    zeros = 0;
-    for (int bin = threadIdx.x; bin < kHighBins; bin += kThreads) {
-      if (histogram[bin] != 0) atomicAdd(target + bin, static_cast<U64>(histogram[bin]));
-      histogram[bin] = 0;
-    }
+    add_count(reinterpret_cast<int64_t*>(sums + slot), value);
     __syncthreads();
+    return static_cast<int64_t>(sums[slot]);
   };
+  auto count = [&](auto&& wanted, int slot) {
+    int64_t mine = 0;
+    for (int64_t j = threadIdx.x; j < size; j += kThreads) mine += keys[j] != kNone && wanted(keys[j]);
+    return total(mine, slot);
+  };
+  auto pick = [&](int64_t rank) {  // the key with that many larger ones in the sample
+    uint32_t digits = 0;
+    U64 left = static_cast<U64>(rank) + 1;
+    for (int shift = kDigit * (kDigits - 1); shift >= 0; shift -= kDigit) {
+      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+      __syncthreads();
+      for (int64_t j = threadIdx.x; j < size; j += kThreads)
+        if (keys[j] != kNone && static_cast<U64>(keys[j]) >> (shift + kDigit) == digits) atomicAdd(histogram + (keys[j] >> shift) % kBins, 1u);
+      __syncthreads();
+      find_bin(histogram, left, found);
+      digits = digits << kDigit | found.bin, left -= found.before;
+      __syncthreads();
+    }
+    return digits;
+  };
+  const int64_t m = count([](uint32_t) { return true; }, 0);
+  const double centre = static_cast<double>(m) * static_cast<double>(s.rank) / static_cast<double>(s.total);
+  const uint32_t middle = pick(min(m - 1, static_cast<int64_t>(centre)));
+  const int64_t over = count([&](uint32_t key) { return key > middle; }, 0), upto = count([&](uint32_t key) { return key >= middle; }, 1);
+  const double p = static_cast<double>(over) / static_cast<double>(m), q = static_cast<double>(upto) / static_cast<double>(m);
+  double above = 0.0, reached = 0.0;
+  for (int64_t c = threadIdx.x; c < s.draws; c += kThreads) {
+    int o = 0, u = 0, n = 0;
+    for (int j = 0; j < kCluster; ++j) {
+      const uint32_t key = keys[c * kCluster + j];
+      if (key != kNone) o += key > middle, u += key >= middle, ++n;
+    }
+    above += (o - p * n) * (o - p * n), reached += (u - q * n) * (u - q * n);
+  }
+  spread[0][threadIdx.x] = above, spread[1][threadIdx.x] = reached;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half)
+      for (int a = 0; a < 2; ++a) spread[a][threadIdx.x] += spread[a][threadIdx.x + half];
+    __syncthreads();
+  }
+  const double slack = 4.0 * sqrt(max(spread[0][0], spread[1][0])) + 3.0;
+  const int64_t from = static_cast<int64_t>(floor(centre - slack)), to = static_cast<int64_t>(ceil(centre + slack));
+  uint32_t hi = from < 0 ? 0x7fffffffu : pick(from), lo = to >= m ? 0 : pick(to), top = kNone, bottom = kNone;
+  if (lo != hi) {  // else one heavy value, which is counted anyway
+    const int64_t heavy = max(static_cast<int64_t>(8), m / 256);
+    if (count([&](uint32_t key) { return key == hi; }, 2) > heavy) top = hi--;
+    if (count([&](uint32_t key) { return key == lo; }, 3) > heavy) bottom = lo++;
+  }
+  if (threadIdx.x == 0) s.lo = lo, s.hi = hi, s.top = top, s.bottom = bottom;
+}
+
+// The reading: count what lies above, inside and at the ends of each bracket, and store what lies inside. Neighbouring blocks are the
+// lists of one run of chunks, so that the base comes out of the second-level cache for all but the first.
+template <bool kVariance, int kRanks>
+__global__ void __launch_bounds__(kThreads) scan_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int32_t* group_of,
+                                                        int64_t chunk_count, int lists, Search* searches, U64* stored,
+                                                        int64_t* ties, ReportView report) {
+  extern __shared__ uint32_t stage[];  // [kRanks, kStage]: keys on their way to `stored`
+  __shared__ uint16_t lanes[kThreads * kVector];
+  __shared__ int staged[kRanks];
+  __shared__ U64 place[kRanks];
+  const int list = static_cast<int>(blockIdx.x) % lists, lane = static_cast<int>(threadIdx.x & 31);
+  const int64_t run = blockIdx.x / lists, runs = gridDim.x / lists, from = chunk_count * run / runs, upto = chunk_count * (run + 1) / runs;
+  const int64_t slots = chunk_count * lists * kRanks;
+  if (threadIdx.x < kRanks) staged[threadIdx.x] = 0;
+  __syncthreads();
+  int over[kRanks] = {}, counted[kRanks][kSearched] = {};  // of this thread: a 256th of the run
   for (int64_t c = from; c < upto; ++c) {
     const Chunk chunk = chunks[c];
+    Search* const mine = searches + (static_cast<int64_t>(group_of[c]) * lists + list) * kRanks;
+    uint32_t lo[kRanks], hi[kRanks], top[kRanks], bottom[kRanks];
+    bool store[kRanks];
+#pragma unroll
+    for (int q = 0; q < kRanks; ++q) {
+      const Search& s = mine[q];
+      lo[q] = s.lo, hi[q] = s.hi, top[q] = s.top, bottom[q] = s.bottom;
+      store[q] = s.rank > 0 && s.lo < s.hi;
+    }
+    auto flush = [&] {  // after a barrier
+      if (static_cast<int>(threadIdx.x) < kRanks && staged[threadIdx.x] != 0)
+        place[threadIdx.x] = atomicAdd(&mine[threadIdx.x].stored, static_cast<U64>(staged[threadIdx.x]));
+      __syncthreads();
+      for (int q = 0; q < kRanks; ++q)
+        for (int j = threadIdx.x; j < staged[q]; j += kThreads) {
+          const int64_t at = static_cast<int64_t>(place[q]) + j;
+          if (at < mine[q].room) stored[mine[q].store + at] = static_cast<U64>(stage[q * kStage + j]) << 32 | static_cast<U64>(c);
+        }
+      __syncthreads();
+      if (threadIdx.x < kRanks) staged[threadIdx.x] = 0;
+      __syncthreads();
+    };
     Counters count;
+    int here[kRanks][kSearched] = {}, higher[kRanks] = {};
     const int64_t step = kThreads * kVector, rounds = (chunk.end - chunk.begin + step - 1) / step;
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t i = chunk.begin + round * step + threadIdx.x * kVector;
-      const int n = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), chunk.end - i)));
+      const int n = within(chunk.end, i);
       uint32_t key[kVector];
       keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
+      bool full = false;
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        if (j < n && key[j] == 0) ++zeros;
-        else if (j < n) atomicAdd(histogram + (key[j] >> 16), 1u);
+      for (int q = 0; q < kRanks; ++q) {
+        int inside = 0;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          const bool is_top = key[j] == top[q], in_bracket = key[j] >= lo[q] && key[j] <= hi[q];
+          higher[q] += j < n && key[j] > hi[q] && !is_top;
+          here[q][kTop] += j < n && is_top, here[q][kBottom] += j < n && key[j] == bottom[q];
+          inside += j < n && in_bracket;
+        }
+        here[q][kInside] += inside;
+        if (!store[q] || __ballot_sync(0xffffffffu, inside != 0) == 0) continue;
+        const int last = sum_upto(inside);
+        int at = lane == 31 ? atomicAdd(staged + q, last) : 0;
+        at = __shfl_sync(0xffffffffu, at, 31) + last - inside;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+          if (j < n && key[j] >= lo[q] && key[j] <= hi[q]) stage[q * kStage + at++] = key[j];
+        full = full || staged[q] > kStage - kThreads * kVector;
+      }
+      if (__syncthreads_or(full)) flush();  // the last warp to add sees all that was added
+    }
+    flush();
+#pragma unroll
+    for (int q = 0; q < kRanks; ++q) {
+      const int64_t slot = (c * lists + list) * kRanks + q;
+      over[q] += higher[q];
+#pragma unroll
+      for (int where = 0; where < kSearched; ++where) {
+        counted[q][where] += here[q][where];
+        if (where != kInside || !store[q]) add_count(ties + where * slots + slot, here[q][where]);
+      }
+    }
+    if (c + 1 == upto || group_of[c + 1] != group_of[c]) {
+#pragma unroll
+      for (int q = 0; q < kRanks; ++q) {
+        add_count(reinterpret_cast<int64_t*>(&mine[q].over), over[q]);
+        over[q] = 0;
+#pragma unroll
+        for (int where = 0; where < kSearched; ++where) {
+          add_count(reinterpret_cast<int64_t*>(mine[q].count + where), counted[q][where]);
+          counted[q][where] = 0;
+        }
       }
     }
     if (report.nonfinite != nullptr) {
@@ -552,98 +766,138 @@ __global__ void __launch_bounds__(kThreads) high_kernel(View in, RuleView r, int
         add_count(counts + list + 1, count.bad[0]);
       }
     }
-    if (c + 1 == upto || group_of[c + 1] != group_of[c]) flush(group_of[c]);
   }
 }
 
-// One block per search: from the top bin down, where does the rank fall? Leaves prefix, above, and the rank within the bin.
-__global__ void find_bin_kernel(Search* searches, const U64* bins, int bin_count, bool low) {
-  __shared__ U64 part[kThreads];
-  Search& s = searches[blockIdx.x];
-  const U64* mine = bins + (low ? static_cast<int64_t>(blockIdx.x) : s.pair) * bin_count;  // low bins: a row per search
-  const int share = bin_count / kThreads;  // thread 0 owns the top bins
-  const int top = bin_count - 1 - static_cast<int>(threadIdx.x) * share;
-  U64 total = 0;
-  for (int j = 0; j < share; ++j) total += mine[top - j];
-  part[threadIdx.x] = total;
-  __syncthreads();
-  U64 before = 0;
-  for (int q = 0; q < static_cast<int>(threadIdx.x); ++q) before += part[q];
-  const U64 rank = static_cast<U64>(s.rank);
-  __syncthreads();
-  if (rank > before && rank <= before + total) {
-    for (int j = 0; j < share; ++j) {
-      const U64 here = mine[top - j];
-      if (rank <= before + here) {
-        s.prefix = low ? s.prefix << 16 | static_cast<uint32_t>(top - j) : static_cast<uint32_t>(top - j);
-        s.above += static_cast<int64_t>(before);
-        s.rank -= static_cast<int64_t>(before);
-        s.equal = static_cast<int64_t>(here);
-        break;
-      }
-      before += here;
-    }
-  }
+// From the counts to the answer, or to where it must be looked for.
+__global__ void settle_kernel(Search* searches, int count) {
+  const int index = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (index >= count) return;
+  Search& s = searches[index];
+  if (s.rank <= 0) return;
+  const int64_t over = static_cast<int64_t>(s.over), tops = static_cast<int64_t>(s.count[kTop]), inside = static_cast<int64_t>(s.count[kInside]),
+                bottoms = static_cast<int64_t>(s.count[kBottom]), down_to = over + tops + inside;
+  auto known = [&](Where place, uint32_t threshold, int64_t above, int64_t equal) {
+    s.place = place, s.threshold = threshold, s.above = above, s.equal = equal;
+  };
+  s.missed = s.rank <= over || s.rank > down_to + bottoms;
+  if (s.missed) return;
+  if (s.rank <= over + tops) return known(kTop, s.top, over, tops);
+  if (s.rank > down_to) return known(kBottom, s.bottom, down_to, bottoms);
+  if (s.lo == s.hi) return known(kInside, s.lo, over + tops, inside);
+  s.missed = inside > s.room;
+  s.above = over + tops, s.left = s.rank - s.above;
 }
 
-// mode "low": histogram of the low 16 bits where the high bits equal the prefix. mode "ties": per chunk, how many keys equal it.
+// A search that missed starts again, over all keys.
+__global__ void widen_kernel(Search* searches, int count) {
+  const int index = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (index >= count || !searches[index].missed) return;
+  Search& s = searches[index];
+  s.lo = 0, s.hi = 0x7fffffffu, s.digits = 0, s.above = 0, s.left = s.rank;
+}
+
+__device__ __forceinline__ bool searching(const Search& s, bool missed) { return s.rank > 0 && s.place == kSearched && (s.missed != 0) == missed; }
+
+__device__ __forceinline__ bool begins(const Search& s, uint32_t key, int shift) {  // with the digits known so far
+  return key >= s.lo && key <= s.hi && static_cast<U64>(key - s.lo) >> (shift + kDigit) == s.digits;
+}
+
+// Histogram of the next digit over a search's stored keys, several blocks per search.
+__global__ void __launch_bounds__(kThreads) stored_digit_kernel(const Search* searches, const U64* stored, int shift, U64* bins) {
+  __shared__ uint32_t histogram[kBins];
+  const Search& s = searches[blockIdx.y];
+  if (!searching(s, false) || (s.hi - s.lo) >> shift == 0) return;
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+  __syncthreads();
+  for (int64_t j = blockIdx.x * kThreads + threadIdx.x; j < static_cast<int64_t>(s.stored); j += gridDim.x * kThreads) {
+    const uint32_t key = static_cast<uint32_t>(stored[s.store + j] >> 32);
+    if (begins(s, key, shift)) atomicAdd(histogram + ((key - s.lo) >> shift) % kBins, 1u);
+  }
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads)
+    if (histogram[bin] != 0) atomicAdd(bins + static_cast<int64_t>(blockIdx.y) * kBins + bin, static_cast<U64>(histogram[bin]));
+}
+
+// The same over the tensors, for searches that missed; with kTies, per chunk, how many keys equal the threshold.
 template <bool kVariance, bool kTies>
 __global__ void __launch_bounds__(kThreads) refine_kernel(View in, RuleView r, int filter, const Chunk* chunks, const Search* searches,
-                                                          const int32_t* first_search, const int32_t* group_of, int lists, int ranks, U64* bins,
-                                                          int32_t* ties) {
+                                                          const int32_t* group_of, int lists, int ranks, int shift, U64* bins, int64_t* ties) {
   __shared__ uint16_t lanes[kThreads * kVector];
+  __shared__ uint32_t histogram[kBins];
   const int64_t c = blockIdx.x / lists;
   const int list = static_cast<int>(blockIdx.x) % lists;
   const Chunk chunk = chunks[c];
-  const int32_t first = first_search[group_of[c] * lists + list];
   Counters count;
   const int64_t step = kThreads * kVector, rounds = (chunk.end - chunk.begin + step - 1) / step;
   for (int q = 0; q < ranks; ++q) {
-    const Search& s = searches[first + q];
-    if (s.rank <= 0) continue;
+    const int64_t index = (static_cast<int64_t>(group_of[c]) * lists + list) * ranks + q;
+    const Search& s = searches[index];
+    if (!s.missed) continue;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+    __syncthreads();
     int64_t found = 0;
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t i = chunk.begin + round * step + threadIdx.x * kVector;
-      const int n = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), chunk.end - i)));
+      const int n = within(chunk.end, i);
       uint32_t key[kVector];
       keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const bool mine = j < n && (kTies ? key[j] == s.prefix : key[j] >> 16 == s.prefix);
-        if (kTies) {
-          found += mine;
-          continue;
-        }
-        const uint32_t bin = mine ? key[j] & 0xffffu : kLowBins;  // neighbours often share a value: one addition per value and warp
-        const uint32_t same = __match_any_sync(0xffffffffu, bin);
-        if (mine && static_cast<int>(threadIdx.x & 31) == __ffs(static_cast<int>(same)) - 1)
-          atomicAdd(bins + static_cast<int64_t>(first + q) * kLowBins + bin, static_cast<U64>(__popc(same)));
+        if (kTies) found += j < n && key[j] == s.threshold;
+        else if (j < n && begins(s, key[j], shift)) atomicAdd(histogram + ((key[j] - s.lo) >> shift) % kBins, 1u);
       }
     }
-    if (kTies) {
-      for (int offset = 16; offset > 0; offset /= 2) found += __shfl_down_sync(0xffffffffu, found, offset);
-      if ((threadIdx.x & 31) == 0 && found != 0) atomicAdd(ties + (c * lists + list) * ranks + q, static_cast<int32_t>(found));
-    }
+    if (kTies) add_count(ties + (c * lists + list) * ranks + q, found);
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < kBins && !kTies; bin += kThreads)
+      if (histogram[bin] != 0) atomicAdd(bins + index * kBins + bin, static_cast<U64>(histogram[bin]));
+    __syncthreads();
+  }
+}
+
+// One block per search: the next digit of the answer; after the last one the answer.
+__global__ void __launch_bounds__(kThreads) digit_kernel(Search* searches, int shift, U64* bins, bool missed) {
+  __shared__ Bin found;
+  Search& s = searches[blockIdx.x];
+  if (!searching(s, missed)) return;
+  U64* const mine = bins + static_cast<int64_t>(blockIdx.x) * kBins;
+  const uint32_t span = s.hi - s.lo;
+  if (span >> shift != 0) find_bin(mine, static_cast<U64>(s.left), found);
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) mine[bin] = 0;  // for the next digit
+  if (threadIdx.x != 0) return;
+  if (span >> shift != 0) {
+    s.digits = s.digits << kDigit | found.bin, s.left -= static_cast<int64_t>(found.before);
+    s.above += static_cast<int64_t>(found.before), s.equal = static_cast<int64_t>(found.here);
+  }
+  if (shift == 0) s.threshold = s.lo + s.digits;
+}
+
+// Per chunk, how many stored keys equal the threshold.
+__global__ void __launch_bounds__(kThreads) stored_ties_kernel(const Search* searches, const U64* stored, int lists, int ranks, int64_t* ties) {
+  const Search& s = searches[blockIdx.y];
+  if (!searching(s, false) || s.rank - s.above >= s.equal) return;
+  const int64_t pair = static_cast<int64_t>(blockIdx.y) % (lists * ranks);
+  for (int64_t j = blockIdx.x * kThreads + threadIdx.x; j < static_cast<int64_t>(s.stored); j += gridDim.x * kThreads) {
+    const U64 one = stored[s.store + j];
+    if (one >> 32 == s.threshold) atomicAdd(reinterpret_cast<U64*>(ties) + static_cast<int64_t>(one & 0xffffffffu) * lists * ranks + pair, U64{1});
   }
 }
 
 // One warp per search: the chunk in which the quota of ties runs out, then the element.
 template <bool kVariance>
-__global__ void cut_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int64_t* chunk_base, Search* searches,
-                           int lists, int ranks, const int32_t* ties) {
+__global__ void cut_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int64_t* chunk_base, Search* searches, int64_t chunk_count,
+                           int lists, int ranks, const int64_t* ties) {
   __shared__ uint16_t lanes[kThreads * kVector];
   Search& s = searches[blockIdx.x];
   const int lane = static_cast<int>(threadIdx.x);
-  const int q = static_cast<int>(blockIdx.x) % ranks, list = static_cast<int>(blockIdx.x) / ranks % lists;
-  if (s.rank <= 0 || s.rank >= s.equal) return;  // every tie is kept: the cut stays at the end
-  int64_t quota = s.rank, c = s.first_chunk;
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) % (lists * ranks);
+  const int list = static_cast<int>(pair) / ranks;
+  int64_t quota = s.rank - s.above, c = s.first_chunk;
+  if (s.rank <= 0 || quota >= s.equal) return;  // every tie is kept: the cut stays at the end
+  const int64_t* const mine_of = ties + s.place * chunk_count * lists * ranks + pair;
   while (c < s.last_chunk) {  // 32 chunks at a time
-    const int64_t mine = c + lane < s.last_chunk ? ties[((c + lane) * lists + list) * ranks + q] : 0;
-    int64_t upto = mine;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(0xffffffffu, upto, offset);
-      if (lane >= offset) upto += other;
-    }
+    const int64_t mine = c + lane < s.last_chunk ? mine_of[(c + lane) * lists * ranks] : 0, upto = sum_upto(mine);
     const uint32_t reached = __ballot_sync(0xffffffffu, upto >= quota);
     if (reached != 0) {
       const int winner = __ffs(static_cast<int>(reached)) - 1;
@@ -658,23 +912,18 @@ __global__ void cut_kernel(View in, RuleView r, int filter, const Chunk* chunks,
   Counters count;
   for (int64_t start = chunk.begin; start < chunk.end; start += 32 * kVector) {
     const int64_t i = start + lane * kVector;
-    const int n = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kVector), chunk.end - i)));
+    const int n = within(chunk.end, i);
     uint32_t key[kVector];
     keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
     int64_t mine = 0;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) mine += j < n && key[j] == s.prefix;
-    int64_t upto = mine;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(0xffffffffu, upto, offset);
-      if (lane >= offset) upto += other;
-    }
-    const int64_t before = upto - mine;
+    for (int j = 0; j < kVector; ++j) mine += j < n && key[j] == s.threshold;
+    const int64_t upto = sum_upto(mine), before = upto - mine;
     if (before < quota && upto >= quota) {
       int64_t left = quota - before;
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
-        if (j < n && key[j] == s.prefix && --left == 0) s.cut = chunk_base[c] + i + j - chunk.begin;
+        if (j < n && key[j] == s.threshold && --left == 0) s.cut = chunk_base[c] + i + j - chunk.begin;
     }
     const int64_t total = __shfl_sync(0xffffffffu, upto, 31);
     if (total >= quota) return;
@@ -721,69 +970,91 @@ struct ReportArena {
   size_t sizes_[4]{};
 };
 
-// The group's chunks are consecutive: histograms of as many groups as fit a slab of bins.
+// The searches of consecutive groups: as many as fit the room for stored keys.
 template <bool kVariance>
 int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const RuleView& rule, int filter, const M2rlSelect& want,
                     const std::vector<Chunk>& all, const std::vector<int64_t>& chunk_first, int64_t g0, int64_t g1, const ReportView& report) {
-  const int lists = kVariance ? 1 : static_cast<int>(in.experts), ranks = want.ranks, groups = static_cast<int>(g1 - g0);
-  const int64_t c0 = chunk_first[static_cast<size_t>(g0)], c1 = chunk_first[static_cast<size_t>(g1)], chunk_count = c1 - c0;
+  const int lists = kVariance ? 1 : static_cast<int>(in.experts), ranks = want.ranks;
+  const int64_t c0 = chunk_first[static_cast<size_t>(g0)], chunk_count = chunk_first[static_cast<size_t>(g1)] - c0;
   if (chunk_count == 0) return 0;
-  std::vector<int32_t> group_of, first_search;
+  std::vector<int32_t> group_of;
   std::vector<int64_t> chunk_base;
   std::vector<Search> searches;
+  int64_t sample_size = 0, stored_size = 0, most_draws = 0;
   for (int64_t g = g0; g < g1; ++g) {
-    int64_t base = 0;
-    for (int64_t c = chunk_first[static_cast<size_t>(g)]; c < chunk_first[static_cast<size_t>(g + 1)]; ++c) {
-      const Chunk& chunk = all[static_cast<size_t>(c)];
+    Search s{};
+    s.first_chunk = chunk_first[static_cast<size_t>(g)] - c0, s.last_chunk = chunk_first[static_cast<size_t>(g + 1)] - c0;
+    for (int64_t c = s.first_chunk; c < s.last_chunk; ++c) {
+      const Chunk& chunk = all[static_cast<size_t>(c + c0)];
       group_of.push_back(static_cast<int32_t>(g - g0));
-      chunk_base.push_back(base);
-      base += chunk.end - chunk.begin;
+      chunk_base.push_back(s.total);
+      s.total += chunk.end - chunk.begin;
     }
-    for (int list = 0; list < lists; ++list) {
-      first_search.push_back(static_cast<int32_t>(searches.size()));
+    s.draws = s.total <= kWhole ? 0 : std::min<int64_t>(kMostDraws, std::max<int64_t>(128, s.total / 2048));
+    s.hi = 0x7fffffffu, s.top = s.bottom = kNone, s.place = kSearched, s.cut = s.total - 1;
+    most_draws = std::max(most_draws, s.draws);
+    for (int list = 0; list < lists; ++list, sample_size += s.draws * kCluster)
       for (int q = 0; q < ranks; ++q) {
-        int64_t rank = want.rank[(g * lists + list) * ranks + q];
-        if (rank >= base) rank = 0;  // nothing or everything: answered on the host
-        searches.push_back({(g - g0) * lists + list, std::max<int64_t>(rank, 0), chunk_first[static_cast<size_t>(g)] - c0,
-                            chunk_first[static_cast<size_t>(g + 1)] - c0, 0, 0, 0, base - 1});
+        const int64_t rank = want.rank[(g * lists + list) * ranks + q];
+        s.rank = rank >= s.total ? 0 : std::max<int64_t>(rank, 0);  // nothing or everything: answered below
+        s.sample = sample_size, s.store = stored_size, s.room = s.rank == 0 ? 0 : room_for(s.total);
+        stored_size += s.room;
+        searches.push_back(s);
       }
-    }
   }
+  const unsigned count = static_cast<unsigned>(searches.size()), thread_blocks = (count + kThreads - 1) / kThreads;
+  const int64_t slots = chunk_count * lists * ranks;
   const Chunk* chunks = arena.up(all.data() + c0, static_cast<size_t>(chunk_count));
-  const int32_t* groups_d = arena.up(group_of.data(), group_of.size());
-  const int32_t* first_d = arena.up(first_search.data(), first_search.size());
-  const int64_t* base_d = arena.up(chunk_base.data(), chunk_base.size());
-  Search* searches_d = const_cast<Search*>(arena.up(searches.data(), searches.size()));
-  U64* high = arena.zeros<U64>(static_cast<size_t>(groups) * static_cast<size_t>(lists) * kHighBins);
-  int device = 0, processors = 0;
-  arena.note(cudaGetDevice(&device));
-  arena.note(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int32_t* groups = arena.up(group_of.data(), group_of.size());
+  const int64_t* base = arena.up(chunk_base.data(), chunk_base.size());
+  Search* device = const_cast<Search*>(arena.up(searches.data(), searches.size()));
+  uint32_t* sample = arena.raw<uint32_t>(static_cast<size_t>(sample_size));
+  U64* stored = arena.raw<U64>(static_cast<size_t>(stored_size));
+  U64* bins = arena.zeros<U64>(static_cast<size_t>(count) * kBins);
+  int64_t* ties = arena.zeros<int64_t>(static_cast<size_t>(slots * kPlaces));
+  int gpu = 0, processors = 0;
+  arena.note(cudaGetDevice(&gpu));
+  arena.note(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, gpu));
   if (arena.status() != 0) return arena.status();
-  const auto kernel = high_kernel<kVariance>;
-  arena.note(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHighBins * 4));
-  const unsigned runs = static_cast<unsigned>(std::min<int64_t>(chunk_count, std::max(1, processors)));
-  kernel<<<runs * static_cast<unsigned>(lists), kThreads, kHighBins * 4, arena.stream()>>>(
-      view, rule, filter, chunks, groups_d, chunk_count, lists, high, report);
-  const unsigned count = static_cast<unsigned>(searches.size());
-  find_bin_kernel<<<count, kThreads, 0, arena.stream()>>>(searches_d, high, kHighBins, false);
-  U64* low = arena.zeros<U64>(static_cast<size_t>(count) * kLowBins);
-  int32_t* ties = arena.zeros<int32_t>(static_cast<size_t>(chunk_count) * static_cast<size_t>(lists * ranks));
-  if (arena.status() != 0) return arena.status();
-  const unsigned grid = static_cast<unsigned>(chunk_count * lists);
-  refine_kernel<kVariance, false><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, searches_d, first_d, groups_d, lists, ranks,
-                                                                low, nullptr);
-  find_bin_kernel<<<count, kThreads, 0, arena.stream()>>>(searches_d, low, kLowBins, true);
-  refine_kernel<kVariance, true><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, searches_d, first_d, groups_d, lists, ranks,
-                                                               nullptr, ties);
-  cut_kernel<kVariance><<<count, 32, 0, arena.stream()>>>(view, rule, filter, chunks, base_d, searches_d, lists, ranks, ties);
+  if (most_draws > 0) {
+    const int64_t per_block = kThreads * kVector / kCluster;
+    const dim3 grid(static_cast<unsigned>((most_draws + per_block - 1) / per_block), count / static_cast<unsigned>(ranks));
+    sample_kernel<kVariance><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, base, device, lists, ranks, sample);
+    bracket_kernel<<<count, kThreads, 0, arena.stream()>>>(device, sample);
+  }
+  const unsigned runs = static_cast<unsigned>(std::min<int64_t>(chunk_count, std::max(1, kRunsPerProcessor * processors)));
+  const auto scan = ranks == 1 ? scan_kernel<kVariance, 1> : scan_kernel<kVariance, kMaxRanks>;
+  scan<<<runs * static_cast<unsigned>(lists), kThreads, static_cast<size_t>(ranks) * kStage * 4, arena.stream()>>>(
+      view, rule, filter, chunks, groups, chunk_count, lists, device, stored, ties, report);
+  settle_kernel<<<thread_blocks, kThreads, 0, arena.stream()>>>(device, static_cast<int>(count));
+  const dim3 shared_out(16, count);
+  for (int shift = kDigit * (kDigits - 1); shift >= 0; shift -= kDigit) {
+    stored_digit_kernel<<<shared_out, kThreads, 0, arena.stream()>>>(device, stored, shift, bins);
+    digit_kernel<<<count, kThreads, 0, arena.stream()>>>(device, shift, bins, false);
+  }
+  stored_ties_kernel<<<shared_out, kThreads, 0, arena.stream()>>>(device, stored, lists, ranks, ties + kSearched * slots);
+  cut_kernel<kVariance><<<count, 32, 0, arena.stream()>>>(view, rule, filter, chunks, base, device, chunk_count, lists, ranks, ties);
   arena.launched();
-  const auto found = arena.down(searches_d, searches.size());
+  auto found = arena.down(device, searches.size());
+  if (std::any_of(found.begin(), found.end(), [](const Search& s) { return s.missed != 0; })) {
+    const unsigned grid = static_cast<unsigned>(chunk_count * lists);
+    widen_kernel<<<thread_blocks, kThreads, 0, arena.stream()>>>(device, static_cast<int>(count));
+    for (int shift = kDigit * (kDigits - 1); shift >= 0; shift -= kDigit) {
+      refine_kernel<kVariance, false><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, device, groups, lists, ranks, shift, bins,
+                                                                             nullptr);
+      digit_kernel<<<count, kThreads, 0, arena.stream()>>>(device, shift, bins, true);
+    }
+    refine_kernel<kVariance, true><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, device, groups, lists, ranks, 0, nullptr,
+                                                                          ties + kSearched * slots);
+    cut_kernel<kVariance><<<count, 32, 0, arena.stream()>>>(view, rule, filter, chunks, base, device, chunk_count, lists, ranks, ties);
+    arena.launched();
+    found = arena.down(device, searches.size());
+  }
   for (size_t i = 0; i < found.size(); ++i) {
     const size_t slot = static_cast<size_t>(g0 * lists * ranks) + i;
-    const int64_t rank = want.rank[slot];
     const Search& s = found[i];
-    const bool none = rank <= 0, everything = !none && rank > s.cut && searches[i].rank == 0;
-    want.threshold[slot] = none ? 0xffffffffu : everything ? 0 : s.prefix;
+    const bool none = want.rank[slot] <= 0, everything = !none && s.rank == 0;
+    want.threshold[slot] = none ? 0xffffffffu : everything ? 0 : s.threshold;
     want.cut[slot] = none ? -1 : s.cut;
     if (want.above != nullptr) want.above[slot] = everything ? -1 : s.above;
     if (want.equal != nullptr) want.equal[slot] = everything ? -1 : s.equal;
@@ -795,7 +1066,7 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
 
 int32_t m2rl_merge_select_cuda(const M2rlTensors* in, const M2rlRule* rule, const M2rlSelect* want, const M2rlReport* report, int64_t chunk,
                                void* stream) {
-  if (ranked(*rule) || in->experts > kMaxExperts) return -ENOTSUP;
+  if (ranked(*rule) || in->experts > kMaxExperts || want->ranks > kMaxRanks) return -ENOTSUP;
   if (want->share != nullptr) {  // the histograms need ranks: count first
     if (want->key != 1 || want->ranks != 1) return -ENOTSUP;
     std::vector<int64_t> varied(static_cast<size_t>(in->tensors)), rank;
@@ -827,11 +1098,17 @@ int32_t m2rl_merge_select_cuda(const M2rlTensors* in, const M2rlRule* rule, cons
   for (int64_t slot = 0; slot < want->groups * lists * want->ranks; ++slot)  // groups without elements keep this
     want->threshold[slot] = want->rank[slot] > 0 ? 0 : 0xffffffffu, want->cut[slot] = -1;
   const int filter = rule->filter & (M2RL_RANDOM | M2RL_SCALE);
-  const int64_t slab = std::max<int64_t>(1, 512 / (lists * want->ranks));  // 512 searches: 384 MiB of bins
-  for (int64_t g = 0; g < want->groups; g += slab) {
+  const auto run = want->key == 0 ? select_slab<false> : select_slab<true>;
+  auto room = [&](int64_t g) {  // for the stored keys of a group
+    int64_t total = 0;
+    for (int64_t t = want->start[g]; t < want->start[g + 1]; ++t) total += in->numel[t];
+    return room_for(total) * lists * want->ranks;
+  };
+  for (int64_t g = 0, end = 0; g < want->groups; g = end) {
+    int64_t taken = room(end++);
+    while (end < want->groups && (end - g) * lists * want->ranks < kMostSearches && taken + room(end) <= kSlab) taken += room(end++);
     Arena scratch(static_cast<cudaStream_t>(stream));
-    const auto run = want->key == 0 ? select_slab<false> : select_slab<true>;
-    const int32_t status = run(scratch, *in, view, rules, filter, *want, chunks, chunk_first, g, std::min(g + slab, want->groups), counters.view);
+    const int32_t status = run(scratch, *in, view, rules, filter, *want, chunks, chunk_first, g, end, counters.view);
     if (status != 0) return status;
   }
   counters.collect();

@@ -8,6 +8,7 @@ import mmap
 import shutil
 
 import emulated
+import numpy as np
 import pytest
 import torch
 from m2rl_kernels import SyncPlan, checksum, native, pack, plan_packing, unpack
@@ -87,6 +88,44 @@ def test_kept_sets_are_the_cpu_s(cuda, density, scope, dtype):
     with cuda():
         got = topk_masks(base, tuned, density, scope=scope, chunk=2048)
     assert all(torch.equal(a, b) for x, y in zip(got, want) for a, b in zip(x, y))
+
+
+def hidden_from_the_sample(n):
+    """Large values only where sample_kernel of merge.cu does not look, small ones where it does."""
+    draws = max(128, n // 2048)
+    draw, width = np.arange(draws, dtype=np.uint64), np.uint64(n // draws)
+    at = draw * width + (draw * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) % width
+    x = torch.rand(n, generator=torch.Generator().manual_seed(0)).mul(64).round() + 64
+    for start in (at // np.uint64(32) * np.uint64(32)).tolist():
+        x[start : start + 32] *= 1e-3
+    return x
+
+
+@pytest.mark.parametrize("density", [0.003, 0.2499, 0.5001])
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda n, g: torch.randn(n, generator=g),  # the bracket holds, its keys are stored
+        lambda n, g: torch.randn(n, generator=g).mul(8).round(),  # a few heavy values: counted, cut among their ties
+        lambda n, g: torch.randn(n, generator=g).mul(2000).round(),  # ties among the stored keys
+        lambda n, g: torch.arange(n) % 4.0,  # ranks near the border of two heavy values
+        lambda n, g: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.3),  # zero is heavy
+        lambda n, g: torch.full((n,), 2.5),
+        lambda n, g: torch.randn(n // 32, generator=g).repeat_interleave(32),  # neighbours alike: too many to store
+        lambda n, g: hidden_from_the_sample(n),  # the bracket misses
+    ],
+    ids=["smooth", "steps", "small steps", "borders", "zeros", "one value", "alike", "hidden"],
+)
+def test_selection_is_exact_whatever_the_values(cuda, values, density):
+    g = torch.Generator().manual_seed(0)
+    sizes = (1 << 17, 3000, (1 << 16) + 5)
+    lists = [[values(n // 32 * 32, g) for n in sizes] for _ in range(2)]
+    zero = [torch.zeros_like(x) for x in lists[0]]
+    for scope in ("tensor", "model"):
+        want = topk_masks(zero, lists, density, scope=scope)
+        with cuda():
+            got = topk_masks(zero, lists, density, scope=scope, chunk=16384)
+        assert all(torch.equal(a, b) for x, y in zip(got, want) for a, b in zip(x, y)), scope
 
 
 def test_a_merge_of_unaligned_shards(cuda):

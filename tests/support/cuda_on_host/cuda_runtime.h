@@ -205,6 +205,14 @@ using std::max;
 using std::min;
 
 inline void __syncthreads() { emulated::wait(emulated::block); }
+inline bool __syncthreads_or(int predicate) {
+  static bool any[2];  // of this barrier and of the next, which begins only when all have left this one
+  const unsigned which = emulated::block.passed & 1;
+  if (emulated::block.arrived == 0) any[which] = false;
+  any[which] |= predicate != 0;
+  emulated::wait(emulated::block);
+  return any[which];
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::exchange("syncwarp", mask, 0); }
 inline bool __all_sync(unsigned mask, int predicate) {
   const uint64_t* all = emulated::exchange("all", mask, predicate != 0);
