@@ -155,8 +155,9 @@ class Prepared {
     checksum_[static_cast<size_t>(who)] += ops_.checksum(from, n * size, static_cast<uint64_t>(i * size / 8));
   }
 
-  // What was counted since the last call, all of tensor t, goes to the report (or nowhere).
-  void flush(int64_t t, const M2rlReport* report) {
+  // What was counted since the last call, in `elements` elements of tensor t, goes to the report (or nowhere).
+  void flush(int64_t t, int64_t elements, const M2rlReport* report) {
+    if (report != nullptr) add(report->elements, elements);
     const int64_t K = in_.experts;
     auto move = [](int64_t* to, std::vector<int64_t>& from) {
       for (size_t k = 0; k < from.size(); ++k) add(to == nullptr ? nullptr : to + k, std::exchange(from[k], 0));
@@ -396,7 +397,7 @@ class Selector {
         block.load(chunk.tensor, i, n, filter_, report);
         fn(block, c, thread, i, n);
       }
-      block.flush(chunk.tensor, report);
+      block.flush(chunk.tensor, chunk.end - chunk.begin, report);
     });
   }
 
@@ -648,7 +649,7 @@ int32_t m2rl_merge_sums(const M2rlTensors* in, const M2rlRule* rule, const M2rlS
       if (want->unique != nullptr)
         ops.ram(s, block.d.data(), static_cast<int>(K), n, rule->epsilon, rule->scale + t * K, rule->weight + t * K, unique.data(), shared.data());
     }
-    block.flush(t, report);
+    block.flush(t, part.end - part.begin, report);
     for (size_t w = 0; w < width; ++w) partial[static_cast<size_t>(c) * width + w] = sum_lanes(lane.data() + w * kLanes);
     if (want->sign != nullptr) add(want->sign + t, sign);
     for (int64_t k = 0; want->unique != nullptr && k < K; ++k) {
@@ -724,7 +725,7 @@ int32_t m2rl_merge_apply(const M2rlTensors* in, const M2rlRule* rule, const M2rl
         changed += ops.count_different(stored, block.b, n);
       }
     }
-    block.flush(t, report);
+    block.flush(t, part.end - part.begin, report);
     if (report != nullptr && report->overflow != nullptr) add(report->overflow + t, overflow);
     if (report != nullptr && report->changed != nullptr) add(report->changed + t, changed);
     if (!to_memory) {

@@ -6,7 +6,7 @@
 #define M2RL_API extern "C" __attribute__((visibility("default")))
 
 // Version of this table; native.py refuses a library with another number (a stale build).
-#define M2RL_ABI_VERSION 3
+#define M2RL_ABI_VERSION 4
 M2RL_API int32_t m2rl_abi_version();
 M2RL_API int32_t m2rl_cuda_abi_version();
 
@@ -58,6 +58,7 @@ struct M2rlReport {               // any pointer may be null; counters are added
   int64_t* nonzero;               // [T*K] elements with d != 0
   int64_t* changed;               // [T] outputs whose stored bits differ from the base's
   uint64_t* checksum;             // [T*(K+2)] base, experts, output
+  int64_t* elements;              // [1] CPU only: merged elements looked at so far, to be watched meanwhile
 };
 struct M2rlSums {                 // any pointer may be null
   double* abs_before;             // [T*K] sum |d| before the filters

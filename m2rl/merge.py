@@ -26,7 +26,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,28 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be written over
             print(f"\r{line[:width]}", end="", file=sys.stderr, flush=True)
             self.open = True
+
+    @contextlib.contextmanager
+    def following(self, total_bytes: int, share: Callable[[], float], label: str) -> Iterator[None]:
+        """Draw a call that reads `total_bytes` in one go: `share` tells how much of it is done."""
+        done, drawn = threading.Event(), 0
+
+        def draw() -> None:
+            nonlocal drawn
+            while not done.wait(0.2):
+                now = int(total_bytes * min(1.0, share()))
+                self.add(now - drawn, label)
+                drawn = now
+
+        worker = threading.Thread(target=draw, daemon=True)
+        self.add(0, label)
+        worker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            worker.join()
+        self.add(total_bytes - drawn, label)
 
     def close(self) -> None:
         """End the line: what follows, an error perhaps, starts on its own."""
@@ -190,11 +212,11 @@ def stream(
     recipes = [o.recipe for o in outputs]
     read_all = any(map(_needs_whole_model, recipes)) * sum(c.tensors[n].size for n in inputs.merged for c in inputs.all)
     with contextlib.closing(Progress(sum(size.values()) + read_all, progress)) as bar:
+        whole: Whole = {}
         if read_all:
-            bar.add(0, "statistics of the whole model")
-        whole = whole_statistics(inputs, recipes, with_base, place)
-        if whole:
-            bar.add(read_all, "statistics of the whole model")
+            elements, seen = sum(math.prod(inputs.info(n).shape) for n in inputs.merged), np.zeros(1, np.int64)
+            with bar.following(read_all, lambda: int(seen[0]) / max(elements, 1), "statistics of the whole model"):
+                whole = whole_statistics(inputs, recipes, with_base, place, seen)
         for batch in batches(inputs, names):
             tensors = as_tensors(inputs, batch, with_base)
             statistics = batch_statistics(inputs, tensors, recipes, whole, place)
@@ -215,14 +237,16 @@ def stream(
 Whole = dict[int, tuple[dict[str, int], Statistics]]  # recipe -> (tensor -> row, statistics of every tensor)
 
 
-def whole_statistics(inputs: Inputs, recipes: Sequence[Recipe], with_base: bool, place: Device) -> Whole:
-    """Of the recipes that look at the whole model at once, in one reading."""
+def whole_statistics(
+    inputs: Inputs, recipes: Sequence[Recipe], with_base: bool, place: Device, seen: np.ndarray | None = None
+) -> Whole:
+    """Of the recipes that look at the whole model at once, in one reading; `seen` [1] counts its elements meanwhile."""
     chosen = [i for i, r in enumerate(recipes) if _needs_whole_model(r)]
     if not chosen:
         return {}
     ordered = sorted(inputs.merged)  # the authors concatenate by sorted name: ties are resolved in that order
     everything = as_tensors(inputs, ordered, with_base)
-    report = passes.Report(nonfinite=np.zeros((len(ordered), len(inputs.experts) + 1), np.int64))
+    report = passes.Report(nonfinite=np.zeros((len(ordered), len(inputs.experts) + 1), np.int64), elements=seen)
     found = passes.gather(everything, [recipes[i] for i in chosen], device=place, report=report)
     assert report.nonfinite is not None
     _check_finite(inputs, everything, report.nonfinite)

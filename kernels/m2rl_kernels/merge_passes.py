@@ -122,6 +122,7 @@ class Report:
     nonzero: np.ndarray | None = None  # [T, K] elements with d != 0
     changed: np.ndarray | None = None  # [T] outputs that differ from the base
     checksum: np.ndarray | None = None  # [T, K+2] uint64: base, experts, output
+    elements: np.ndarray | None = None  # [1] int64, CPU: merged elements looked at so far; may be read during the pass
     read: bool = False
 
     def once(self) -> _Report:
@@ -171,7 +172,7 @@ class _Output(_Struct):
 
 
 class _Report(_Struct):
-    _fields_ = _fields("p:nonfinite p:overflow p:nonzero p:changed p:checksum")
+    _fields_ = _fields("p:nonfinite p:overflow p:nonzero p:changed p:checksum p:elements")
 
 
 class _Sums(_Struct):

@@ -10,7 +10,7 @@ import ctypes
 import functools
 from pathlib import Path
 
-ABI_VERSION = 3  # M2RL_ABI_VERSION in csrc/ops.h
+ABI_VERSION = 4  # M2RL_ABI_VERSION in csrc/ops.h
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}  # M2rlDtype in csrc/ops.h
 _HERE = Path(__file__).parent
 

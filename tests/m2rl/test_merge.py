@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -693,6 +695,20 @@ def test_progress_fits_the_terminal_and_ends_its_line(models, tmp_path, capsys, 
     with pytest.raises(InputError, match=r"model\.norm\.weight"):
         tool.merge(base, [tmp_path / "bad"], "ties", density=0.5, out=tmp_path / "no", progress=True)
     assert capsys.readouterr().err.endswith("\n")  # what the command says next starts on its own line
+
+
+def test_the_reading_of_a_whole_model_moves_the_bar(models, capsys):
+    base, experts, *_ = models
+    inputs, seen = tool.open_inputs(base, experts), np.zeros(1, np.int64)
+    chosen = tool.recipe("ties", len(experts), density=0.5, scope="model")
+    tool.whole_statistics(inputs, [chosen], True, tool.Device("cpu", 2), seen)
+    assert seen[0] == sum(math.prod(inputs.info(n).shape) for n in inputs.merged)
+    bar = tool.Progress(200, True)
+    with bar.following(100, lambda: 0.5, "statistics"):
+        time.sleep(0.5)
+    bar.close()
+    shown = capsys.readouterr().err.split("\r")
+    assert any(" 25 %" in line for line in shown) and bar.done == 100
 
 
 def test_a_seed_beside_a_recipe_file_draws_other_masks(models, tmp_path):
