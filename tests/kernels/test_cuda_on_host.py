@@ -18,7 +18,7 @@ from merge_cases import EXACT, SUMMED, models
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
-SHAPES = [(70, 33), (5000,), (1,), (0, 4), (30, 257), (1 << 14,)]
+SHAPES = [(70, 33), (5000,), (1,), (0, 4), (30, 257), (1 << 13,)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -59,8 +59,7 @@ def at_page_ends(tensors):
     return copies
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("experts", [1, 3, 7])
+@pytest.mark.parametrize("experts,dtype", [(1, torch.float32), (4, torch.bfloat16), (7, torch.float16)])
 @pytest.mark.parametrize("method,options", EXACT)
 def test_merges_are_the_cpu_s_bits(cuda, method, options, experts, dtype):
     base, tuned = models(SHAPES, dtype, experts)
@@ -118,7 +117,7 @@ def hidden_from_the_sample(n):
 )
 def test_selection_is_exact_whatever_the_values(cuda, values, density):
     g = torch.Generator().manual_seed(0)
-    sizes = (1 << 17, 3000, (1 << 16) + 5)
+    sizes = (1 << 16, 3000, (1 << 13) + 5)
     lists = [[values(n // 32 * 32, g) for n in sizes] for _ in range(2)]
     zero = [torch.zeros_like(x) for x in lists[0]]
     for scope in ("tensor", "model"):

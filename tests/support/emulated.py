@@ -14,7 +14,7 @@ from m2rl_kernels.weight_sync import COPY, TILE
 CSRC = Path(__file__).parents[2] / "csrc"
 LAUNCH = re.compile(r"(\w+(?:<[^<>()]*>)?)\s*<<<(.*?)>>>\(", re.DOTALL)
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 
 
 def in_cpp(source: str) -> str:

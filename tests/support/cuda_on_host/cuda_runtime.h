@@ -71,15 +71,16 @@ struct Warp {
 
 struct Fiber {
   ucontext_t start;
+  std::vector<char> stack;
   jmp_buf resume;
-  bool started = false, done = false;
+  bool done = false;
   const Barrier* waits = nullptr;
   unsigned passed = 0;  // by that barrier, when the wait began
 };
 
 constexpr size_t kStack = 256 << 10;
-inline std::vector<std::vector<char>> stacks;
-inline std::vector<Fiber> fibers;
+constexpr unsigned kMostThreads = 1024;
+inline Fiber fibers[kMostThreads];
 inline std::vector<Warp> warps;
 inline Barrier block;
 inline jmp_buf scheduler;
@@ -98,39 +99,45 @@ inline void wait(Barrier& barrier) {
 }
 
 inline void run_fiber() {
-  body();
-  fibers[threadIdx.x].done = true;
-  _longjmp(scheduler, 1);
+  for (;;) {  // a fiber serves block after block
+    body();
+    Fiber& me = fibers[threadIdx.x];
+    me.done = true;
+    if (_setjmp(me.resume) == 0) _longjmp(scheduler, 1);
+  }
 }
 
 inline bool ready(const Fiber& fiber) {
   return !fiber.done && (fiber.waits == nullptr || fiber.waits->passed != fiber.passed);
 }
 
+inline void start(unsigned i) {
+  Fiber& fiber = fibers[i];
+  fiber.stack.resize(kStack);
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data(), fiber.start.uc_stack.ss_size = kStack, fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, run_fiber, 0);
+  setcontext(&fiber.start);
+}
+
 inline void run_block(unsigned threads) {
-  fibers.assign(threads, Fiber{});
-  while (stacks.size() < threads) stacks.emplace_back(kStack);
+  if (threads > kMostThreads) die("too many threads");
+  for (unsigned i = 0; i < threads; ++i) fibers[i].done = false, fibers[i].waits = nullptr;
   warps.assign((threads + 31) / 32, Warp{});
   for (size_t w = 0; w < warps.size(); ++w) warps[w].barrier.members = std::min<unsigned>(32, threads - 32 * static_cast<unsigned>(w));
   block = {threads, 0, 0};
-  for (;;) {
-    unsigned next = threads, left = 0;
-    for (unsigned n = 0; n < threads && next == threads; ++n) {
-      const unsigned i = last_first ? threads - 1 - n : n;
-      left += !fibers[i].done;
-      if (ready(fibers[i])) next = i;
-    }
-    if (next == threads && left == 0) return;
+  auto nth = [&](unsigned n) { return last_first ? threads - 1 - n : n; };
+  static unsigned finished;  // of the first threads in that order; static, as it must survive the jumps
+  for (finished = 0;;) {
+    while (finished < threads && fibers[nth(finished)].done) ++finished;
+    if (finished == threads) return;
+    unsigned next = finished;
+    while (next < threads && !ready(fibers[nth(next)])) ++next;
     if (next == threads) die("threads wait at a barrier that others never reach");
-    threadIdx = dim3(next);
+    threadIdx = dim3(nth(next));
     if (_setjmp(scheduler) != 0) continue;
-    Fiber& fiber = fibers[next];
-    if (fiber.started) _longjmp(fiber.resume, 1);
-    fiber.started = true;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stacks[next].data(), fiber.start.uc_stack.ss_size = kStack, fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, run_fiber, 0);
-    setcontext(&fiber.start);
+    if (!fibers[threadIdx.x].stack.empty()) _longjmp(fibers[threadIdx.x].resume, 1);
+    start(threadIdx.x);
   }
 }
 
