@@ -625,7 +625,6 @@ __global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, con
       __syncthreads();
       find_bin(histogram, left, found);
       digits = digits << kDigit | found.bin, left -= found.before;
-      __syncthreads();
     }
     return digits;
   };
