@@ -476,13 +476,12 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(View in, RuleView r, int
 
 constexpr int kBins = 2048, kDigit = 11, kDigits = 3;  // 3 digits of 11 bits hold the 31 bits of a key
 constexpr int kMaxRanks = 2, kStage = 2 * kThreads * kVector;
-constexpr int kCluster = 32, kMostDraws = 32768;   // elements per draw of the sample, and draws at most
-constexpr int64_t kWhole = 4096;                   // up to here every key is stored and no sample is needed
-constexpr int64_t kMostStored = int64_t{1} << 24;  // keys of one search
-constexpr int64_t kSlab = int64_t{1} << 26, kMostSearches = 512;  // of one slab: stored keys (512 MiB), searches
-constexpr uint32_t kNone = 0xffffffffu;            // no key
-
-constexpr int kRunsPerProcessor = 4;               // blocks of the reading, per list
+constexpr int kCluster = 32, kMostDraws = 32768;                  // elements per draw of the sample, and draws at most
+constexpr int64_t kWhole = 4096;                                  // up to here every key is stored and no sample is needed
+constexpr int64_t kMostStored = int64_t{1} << 24;                 // keys of one search
+constexpr int64_t kSlab = int64_t{1} << 26, kMostSearches = 512;  // stored keys (512 MiB) and searches of one slab
+constexpr int kRunsPerProcessor = 4;                              // blocks of the reading, per list
+constexpr uint32_t kNone = 0xffffffffu;                           // no key
 
 // Stored keys of one search: several times what the bracket should hold.
 int64_t room_for(int64_t total) { return total <= kWhole ? total : std::min(kMostStored, total / 16 + 2 * kWhole); }
@@ -496,7 +495,7 @@ struct Search {  // one (group, list, rank): the rank-th largest key of a list
   int64_t store, room;              // its stretch of the stored keys
   uint32_t lo, hi;                  // the bracket; heavy values (zero, a step of bfloat16) at its ends lie just outside
   uint32_t top, bottom;             //   and are counted, not stored; kNone: no such value
-  U64 over, count[kSearched];     // keys above all that; keys at the top value, inside the bracket, at the bottom value
+  U64 over, count[kSearched];       // keys above all that; keys at the top value, inside the bracket, at the bottom value
   U64 stored;
   int32_t place;                    // where the answer lies, kSearched until it is known
   int32_t missed;                   // outside the bracket, or not all of it was stored
@@ -602,7 +601,7 @@ __global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, con
   if (s.rank <= 0 || s.draws == 0) return;
   const uint32_t* keys = sample + s.sample;
   const int64_t size = s.draws * kCluster;
-  auto total = [&](int64_t value, int slot) {  // over the block
+  auto total = [&](int64_t value, int slot) {  // over the block; a slot again only after another barrier
     if (threadIdx.x == 0) sums[slot] = 0;
     __syncthreads();
     add_count(reinterpret_cast<int64_t*>(sums + slot), value);

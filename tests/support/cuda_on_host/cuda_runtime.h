@@ -231,12 +231,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
   return bits;
 }
-inline unsigned __match_any_sync(unsigned mask, unsigned value) {
-  const uint64_t* all = emulated::exchange("match_any", mask, value);
-  unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(all[lane] == value) << lane;
-  return bits;
-}
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int from) {
   return emulated::unpacked<T>(emulated::exchange("shfl", mask, emulated::packed(value))[from % 32]);
@@ -270,7 +264,6 @@ void __stcs(T* p, T value) {
   *p = value;
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(uint32_t x) { return emulated::unpacked<float>(x); }
 inline uint32_t __float_as_uint(float x) { return static_cast<uint32_t>(emulated::packed(x)); }
 
@@ -280,7 +273,6 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 template <typename T>
 cudaError_t cudaMallocAsync(T** p, size_t bytes, cudaStream_t) {
@@ -296,5 +288,3 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
