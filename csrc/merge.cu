@@ -481,6 +481,7 @@ constexpr int64_t kWhole = 4096;                                  // up to here 
 constexpr int64_t kMostStored = int64_t{1} << 24;                 // keys of one search
 constexpr int64_t kSlab = int64_t{1} << 26, kMostSearches = 512;  // stored keys (512 MiB) and searches of one slab
 constexpr int kRunsPerProcessor = 4;                              // blocks of the reading, per list
+constexpr int kBracketThreads = 1024;                             // one block reads a whole sample, some ten times
 constexpr uint32_t kNone = 0xffffffffu;                           // no key
 
 // Stored keys of one search: several times what the bracket should hold.
@@ -544,15 +545,17 @@ struct Bin {
   U64 before, here;  // in the bins above it, and in it
 };
 
-template <typename Count>
+template <int kTeam, typename Count>
 __device__ void find_bin(const Count* bins, U64 rank, Bin& found) {
-  __shared__ U64 part[kThreads];
-  const int share = kBins / kThreads, top = kBins - 1 - static_cast<int>(threadIdx.x) * share;  // thread 0 owns the top bins
-  U64 total = 0, before = 0;
+  __shared__ U64 warps[kTeam / 32];
+  const int share = kBins / kTeam, top = kBins - 1 - static_cast<int>(threadIdx.x) * share;  // thread 0 owns the top bins
+  U64 total = 0;
   for (int j = 0; j < share; ++j) total += bins[top - j];
-  part[threadIdx.x] = total;
+  const U64 upto = sum_upto(total);
+  if ((threadIdx.x & 31) == 31) warps[threadIdx.x / 32] = upto;
   __syncthreads();
-  for (int q = 0; q < static_cast<int>(threadIdx.x); ++q) before += part[q];
+  U64 before = upto - total;
+  for (int w = 0; w < static_cast<int>(threadIdx.x / 32); ++w) before += warps[w];
   if (rank > before && rank <= before + total) {
     int bin = top;
     while (rank > before + bins[bin]) before += bins[bin--];
@@ -592,11 +595,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(View in, RuleView r, i
 
 // Bracket one search's rank by 4 standard deviations of the sample. How alike neighbours are is measured, by the spread of the clusters'
 // counts. A bracket that misses costs time, never the answer.
-__global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, const uint32_t* sample) {
+__global__ void __launch_bounds__(kBracketThreads) bracket_kernel(Search* searches, const uint32_t* sample) {
   __shared__ uint32_t histogram[kBins];
   __shared__ Bin found;
   __shared__ U64 sums[4];
-  __shared__ double spread[2][kThreads];
+  __shared__ double spread[2][kBracketThreads];
   Search& s = searches[blockIdx.x];
   if (s.rank <= 0 || s.draws == 0) return;
   const uint32_t* keys = sample + s.sample;
@@ -610,19 +613,19 @@ __global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, con
   };
   auto count = [&](auto&& wanted, int slot) {
     int64_t mine = 0;
-    for (int64_t j = threadIdx.x; j < size; j += kThreads) mine += keys[j] != kNone && wanted(keys[j]);
+    for (int64_t j = threadIdx.x; j < size; j += kBracketThreads) mine += keys[j] != kNone && wanted(keys[j]);
     return total(mine, slot);
   };
   auto pick = [&](int64_t rank) {  // the key with that many larger ones in the sample
     uint32_t digits = 0;
     U64 left = static_cast<U64>(rank) + 1;
     for (int shift = kDigit * (kDigits - 1); shift >= 0; shift -= kDigit) {
-      for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+      for (int bin = threadIdx.x; bin < kBins; bin += kBracketThreads) histogram[bin] = 0;
       __syncthreads();
-      for (int64_t j = threadIdx.x; j < size; j += kThreads)
+      for (int64_t j = threadIdx.x; j < size; j += kBracketThreads)
         if (keys[j] != kNone && static_cast<U64>(keys[j]) >> (shift + kDigit) == digits) atomicAdd(histogram + (keys[j] >> shift) % kBins, 1u);
       __syncthreads();
-      find_bin(histogram, left, found);
+      find_bin<kBracketThreads>(histogram, left, found);
       digits = digits << kDigit | found.bin, left -= found.before;
     }
     return digits;
@@ -633,7 +636,7 @@ __global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, con
   const int64_t over = count([&](uint32_t key) { return key > middle; }, 0), upto = count([&](uint32_t key) { return key >= middle; }, 1);
   const double p = static_cast<double>(over) / static_cast<double>(m), q = static_cast<double>(upto) / static_cast<double>(m);
   double above = 0.0, reached = 0.0;
-  for (int64_t c = threadIdx.x; c < s.draws; c += kThreads) {
+  for (int64_t c = threadIdx.x; c < s.draws; c += kBracketThreads) {
     int o = 0, u = 0, n = 0;
     for (int j = 0; j < kCluster; ++j) {
       const uint32_t key = keys[c * kCluster + j];
@@ -643,7 +646,7 @@ __global__ void __launch_bounds__(kThreads) bracket_kernel(Search* searches, con
   }
   spread[0][threadIdx.x] = above, spread[1][threadIdx.x] = reached;
   __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (int half = kBracketThreads / 2; half > 0; half /= 2) {
     if (static_cast<int>(threadIdx.x) < half)
       for (int a = 0; a < 2; ++a) spread[a][threadIdx.x] += spread[a][threadIdx.x + half];
     __syncthreads();
@@ -861,7 +864,7 @@ __global__ void __launch_bounds__(kThreads) digit_kernel(Search* searches, int s
   if (!searching(s, missed)) return;
   U64* const mine = bins + static_cast<int64_t>(blockIdx.x) * kBins;
   const uint32_t span = s.hi - s.lo;
-  if (span >> shift != 0) find_bin(mine, static_cast<U64>(s.left), found);
+  if (span >> shift != 0) find_bin<kThreads>(mine, static_cast<U64>(s.left), found);
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) mine[bin] = 0;  // for the next digit
   if (threadIdx.x != 0) return;
   if (span >> shift != 0) {
@@ -1018,7 +1021,7 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
     const int64_t per_block = kThreads * kVector / kCluster;
     const dim3 grid(static_cast<unsigned>((most_draws + per_block - 1) / per_block), count / static_cast<unsigned>(ranks));
     sample_kernel<kVariance><<<grid, kThreads, 0, arena.stream()>>>(view, rule, filter, chunks, base, device, lists, ranks, sample);
-    bracket_kernel<<<count, kThreads, 0, arena.stream()>>>(device, sample);
+    bracket_kernel<<<count, kBracketThreads, 0, arena.stream()>>>(device, sample);
   }
   const unsigned runs = static_cast<unsigned>(std::min<int64_t>(chunk_count, std::max(1, kRunsPerProcessor * processors)));
   const auto scan = ranks == 1 ? scan_kernel<kVariance, 1> : scan_kernel<kVariance, kMaxRanks>;

@@ -59,8 +59,9 @@ class Guarded {
 };
 inline Guarded memory;
 
-struct Barrier {  // of a block's threads or of a warp's lanes
-  unsigned members = 0, arrived = 0, passed = 0;
+// Threads [first, first + members) of a block meet here: all of them, or the lanes of a warp.
+struct Barrier {
+  unsigned first = 0, members = 0, arrived = 0, passed = 0;
 };
 
 struct Warp {
@@ -73,14 +74,13 @@ struct Fiber {
   ucontext_t start;
   std::vector<char> stack;
   jmp_buf resume;
-  bool done = false;
-  const Barrier* waits = nullptr;
-  unsigned passed = 0;  // by that barrier, when the wait began
 };
 
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kMostThreads = 1024;
 inline Fiber fibers[kMostThreads];
+inline uint64_t runnable[kMostThreads / 64];  // a bit per thread of the block that can go on
+inline unsigned running = 0;                  // threads of the block that have not ended
 inline std::vector<Warp> warps;
 inline Barrier block;
 inline jmp_buf scheduler;
@@ -88,31 +88,42 @@ inline std::function<void()> body;
 inline char* dynamic_shared = nullptr;
 inline bool last_first = false;
 
-inline void wait(Barrier& barrier) {
-  Fiber& me = fibers[threadIdx.x];
-  me.waits = &barrier, me.passed = barrier.passed;
-  if (++barrier.arrived == barrier.members) {
-    barrier.arrived = 0, ++barrier.passed;
-    return;
+inline void set_runnable(unsigned i, bool yes) {
+  const uint64_t bit = uint64_t{1} << i % 64;
+  runnable[i / 64] = yes ? runnable[i / 64] | bit : runnable[i / 64] & ~bit;
+}
+
+inline unsigned next_runnable() {
+  for (unsigned n = 0; n < kMostThreads / 64; ++n) {
+    const unsigned word = last_first ? kMostThreads / 64 - 1 - n : n;
+    const uint64_t bits = runnable[word];
+    if (bits != 0) return 64 * word + static_cast<unsigned>(last_first ? 63 - __builtin_clzll(bits) : __builtin_ctzll(bits));
   }
-  if (_setjmp(me.resume) == 0) _longjmp(scheduler, 1);
+  die("threads wait at a barrier that others never reach");
+}
+
+inline void leave() {  // for the scheduler; back when it chooses this thread again
+  if (_setjmp(fibers[threadIdx.x].resume) == 0) _longjmp(scheduler, 1);
+}
+
+inline void wait(Barrier& barrier) {
+  if (++barrier.arrived < barrier.members) {
+    set_runnable(threadIdx.x, false);
+    return leave();
+  }
+  barrier.arrived = 0, ++barrier.passed;
+  for (unsigned i = 0; i < barrier.members; ++i) set_runnable(barrier.first + i, true);
 }
 
 inline void run_fiber() {
   for (;;) {  // a fiber serves block after block
     body();
-    Fiber& me = fibers[threadIdx.x];
-    me.done = true;
-    if (_setjmp(me.resume) == 0) _longjmp(scheduler, 1);
+    set_runnable(threadIdx.x, false), --running;
+    leave();
   }
 }
 
-inline bool ready(const Fiber& fiber) {
-  return !fiber.done && (fiber.waits == nullptr || fiber.waits->passed != fiber.passed);
-}
-
-inline void start(unsigned i) {
-  Fiber& fiber = fibers[i];
+inline void start(Fiber& fiber) {
   fiber.stack.resize(kStack);
   getcontext(&fiber.start);
   fiber.start.uc_stack.ss_sp = fiber.stack.data(), fiber.start.uc_stack.ss_size = kStack, fiber.start.uc_link = nullptr;
@@ -122,22 +133,16 @@ inline void start(unsigned i) {
 
 inline void run_block(unsigned threads) {
   if (threads > kMostThreads) die("too many threads");
-  for (unsigned i = 0; i < threads; ++i) fibers[i].done = false, fibers[i].waits = nullptr;
+  running = threads, block = {0, threads, 0, 0};
   warps.assign((threads + 31) / 32, Warp{});
-  for (size_t w = 0; w < warps.size(); ++w) warps[w].barrier.members = std::min<unsigned>(32, threads - 32 * static_cast<unsigned>(w));
-  block = {threads, 0, 0};
-  auto nth = [&](unsigned n) { return last_first ? threads - 1 - n : n; };
-  static unsigned finished;  // of the first threads in that order; static, as it must survive the jumps
-  for (finished = 0;;) {
-    while (finished < threads && fibers[nth(finished)].done) ++finished;
-    if (finished == threads) return;
-    unsigned next = finished;
-    while (next < threads && !ready(fibers[nth(next)])) ++next;
-    if (next == threads) die("threads wait at a barrier that others never reach");
-    threadIdx = dim3(nth(next));
+  for (unsigned w = 0; w < warps.size(); ++w) warps[w].barrier = {32 * w, std::min(32u, threads - 32 * w), 0, 0};
+  for (unsigned i = 0; i < threads; ++i) set_runnable(i, true);
+  while (running != 0) {
+    threadIdx = dim3(next_runnable());
     if (_setjmp(scheduler) != 0) continue;
-    if (!fibers[threadIdx.x].stack.empty()) _longjmp(fibers[threadIdx.x].resume, 1);
-    start(threadIdx.x);
+    Fiber& fiber = fibers[threadIdx.x];
+    if (!fiber.stack.empty()) _longjmp(fiber.resume, 1);
+    start(fiber);
   }
 }
 
