@@ -76,9 +76,10 @@ def linear_logprob(
         [V / size, H], hidden and targets (global ids) are replicated, the gradient of hidden is summed over the group.
         Nothing is cached then (four matrix products), and a row on the guard path costs one more reduction.
 
-    On CUDA a target outside [0, V) gives NaN (a check would wait for the device); on the CPU it is a ValueError. A
-    ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton; on the CPU a
-    vocabulary of one block without the C++ library.
+    On CUDA a target outside [0, V) gives NaN (a check would wait for the device); on the CPU it is a ValueError, inside
+    torch.compile NaN (a vocabulary of one block) or an IndexError. A ValueError names the argument, the rule and the
+    value. ImportError: CUDA tensors without Triton; on the CPU a vocabulary of one block without the C++ library.
+    Second derivatives and torch.func transforms are errors.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group)
     if tp_group is not None:
@@ -478,10 +479,10 @@ def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
 
 
 def _target_logits_cpu(x_MH, weight_VH, y_M, inv_t) -> Tensor:
-    """Row dots."""
+    """Row dots. index_select, because weight[-100] would be a row: a compiled call's targets are not checked."""
     target_M = torch.empty(x_MH.shape[0])
     for r, e in _tiles(x_MH.shape[0], 2048):
-        torch.sum(x_MH[r:e] * weight_VH[y_M[r:e]].float(), 1, out=target_M[r:e])
+        torch.sum(x_MH[r:e] * weight_VH.index_select(0, y_M[r:e]).float(), 1, out=target_M[r:e])
     return target_M.mul_(inv_t)
 
 
