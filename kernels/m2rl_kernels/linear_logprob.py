@@ -673,9 +673,12 @@ class _TensorParallel(torch.autograd.Function):
 
         N, V, inv_t = hidden_NH.shape[0], weight_VH.shape[0], 1.0 / temperature
         x_MH = _gather(hidden_NH, rows_M)
-        y_M = _gather(targets_N, rows_M).long() - dist.get_rank(group) * V  # outside [0, V) on the other ranks
+        y_M = _gather(targets_N, rows_M).long()
+        nowhere_M = (y_M < 0) | (y_M >= dist.get_world_size(group) * V)
+        y_M = y_M - dist.get_rank(group) * V  # outside [0, V) on the other ranks
         target_M = _shard_target_logits(x_MH, weight_VH, y_M, inv_t)
         dist.all_reduce(target_M, group=group)
+        target_M.masked_fill_(nowhere_M, float("nan"))
         anchor_M = target_M.clone()
         sums_2M = _shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy)
         dist.all_reduce(sums_2M, group=group)

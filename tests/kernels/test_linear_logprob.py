@@ -408,6 +408,9 @@ def _tensor_parallel_rank(rank, size, store, results):
                 ],
             )
         )
+    targets[5], targets[7] = -100, 4100  # past the check of the arguments, as on CUDA
+    logp, _ = MODULE._TensorParallel.apply(hidden, shard, targets, None, 1.0, False, torch.distributed.group.WORLD)
+    results.put(("nowhere", rank, [logp.isnan().nonzero().numpy()]))
     torch.distributed.destroy_process_group()
 
 
@@ -421,7 +424,7 @@ def test_tensor_parallel_shards_of_the_vocabulary_agree_with_the_whole(tmp_path)
         worker.start()
     got = {
         (scale, rank): [torch.from_numpy(t) for t in tensors]
-        for scale, rank, tensors in (results.get(timeout=60) for _ in range(4))
+        for scale, rank, tensors in (results.get(timeout=60) for _ in range(6))
     }
     for worker in workers:
         worker.join(30)
@@ -435,3 +438,4 @@ def test_tensor_parallel_shards_of_the_vocabulary_agree_with_the_whole(tmp_path)
             assert float((entropy - want[1]).abs().max()) <= 5e-5
             assert relative(grad_hidden, want[2]) <= 5e-6
             assert relative(grad_weight, want[3][rank * 2050 : (rank + 1) * 2050]) <= 5e-6
+    assert [got["nowhere", rank][0].flatten().tolist() for rank in range(2)] == [[5, 7]] * 2
