@@ -23,6 +23,7 @@ Cost: one read of at most seven [N] vectors, one write of one or two. One launch
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def policy_loss(
     segment: int64 [N] in [0, n_segments), the row of stats a token counts in; a value outside counts in none. None:
     all in row 0.
 
-    ValueError names the argument, the rule and the value.
+    First derivatives only. ValueError names the argument, the rule and the value.
     """
     tensors = {
         "behaviour_logp": behaviour_logp_N,
@@ -271,6 +272,8 @@ def _check(
     _require(eps_high >= 0, lambda: f"eps_high must be at least 0, got {eps_high}")
     _require(dual_clip is None or dual_clip > 1, lambda: f"dual_clip must be None or above 1, got {dual_clip}")
     _require(tis_cap is None or tis_cap > 0, lambda: f"tis_cap must be None or above 0, got {tis_cap}")
+    _require(math.isfinite(kl_coef), lambda: f"kl_coef must be finite, got {kl_coef}")
+    _require(math.isfinite(entropy_coef), lambda: f"entropy_coef must be finite, got {entropy_coef}")
     _require(
         kl_coef == 0 or tensors["ref_logp"] is not None, lambda: f"kl_coef must be 0 without ref_logp, got {kl_coef}"
     )
@@ -398,6 +401,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad_logp, grad_entropy)
 
 
+@torch.autograd.function.once_differentiable  # a second derivative would miss that of grad_logp: an error instead
 def _grads(ctx, grad_loss, *_):
     grad_logp, grad_entropy = ctx.saved_tensors
     needs = ctx.needs_input_grad

@@ -243,6 +243,11 @@ def test_repeated_runs_are_bitwise_equal():
         ({"dual_clip": 0.5}, "dual_clip must be None or above 1, got 0.5"),
         ({"tis_cap": 0.0}, "tis_cap must be None or above 0"),
         ({"kl_coef": 0.1}, "kl_coef must be 0 without ref_logp"),
+        ({"kl_coef": float("nan"), "ref_logp": torch.zeros(8)}, "kl_coef must be finite, got nan"),
+        ({"entropy_coef": float("inf"), "entropy": torch.zeros(8)}, "entropy_coef must be finite, got inf"),
+        ({"eps_low": float("nan")}, r"eps_low must be in \[0, 1\], got nan"),
+        ({"eps_high": -0.1}, "eps_high must be at least 0, got -0.1"),
+        ({"weight_N": None}, r"weight must be a tensor of shape \[N\], got None"),
         ({"entropy_coef": 0.1}, "entropy_coef must be 0 without entropy"),
         ({"kind": "gspo"}, "cu_seqlens must be given"),
         (
@@ -257,7 +262,15 @@ def test_repeated_runs_are_bitwise_equal():
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        policy_loss(torch.zeros(8), torch.zeros(8), torch.zeros(8), torch.zeros(8), **change)
+        policy_loss(**{name: torch.zeros(8) for name in ("logp_N", "behaviour_logp_N", "advantage_N", "weight_N")} | change)
+
+
+def test_a_second_derivative_is_an_error_and_not_half_of_it():
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, _ = policy_loss(logp, None, torch.ones(2), torch.ones(2))
+    (grad,) = torch.autograd.grad(loss**2, logp, create_graph=True)
+    with pytest.raises(RuntimeError, match="marked with @once_differentiable"):
+        grad.sum().backward()
 
 
 def test_registered_operation_passes_opcheck():
