@@ -32,8 +32,8 @@ def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 
     pair (logp, entropy). Differentiable with respect to the logits, through either output; the gradient has the
     logits' dtype.
 
-    logits [N, V]: float16, bfloat16, float32 (float64 runs the reference, for gradcheck), unit stride along V. A logit of
-        -inf is a token that cannot be drawn: probability 0, gradient 0, nothing added to the entropy.
+    logits [N, V]: float16, bfloat16, float32 (float64 runs the reference, for gradcheck), unit stride along V. A logit
+        of -inf is a token that cannot be drawn: probability 0, gradient 0, nothing added to the entropy.
     targets [N]: int64 or int32 in [0, V). On CUDA a target outside gives NaN; on the CPU it is a ValueError.
     A ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton; rows of at most
     4096 logits on the CPU without the C++ library.

@@ -262,7 +262,9 @@ def test_repeated_runs_are_bitwise_equal():
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        policy_loss(**{name: torch.zeros(8) for name in ("logp_N", "behaviour_logp_N", "advantage_N", "weight_N")} | change)
+        policy_loss(
+            **{name: torch.zeros(8) for name in ("logp_N", "behaviour_logp_N", "advantage_N", "weight_N")} | change
+        )
 
 
 def test_a_second_derivative_is_an_error_and_not_half_of_it():
