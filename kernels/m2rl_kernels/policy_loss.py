@@ -10,7 +10,8 @@
     KL_t  = -d (k1),  d^2 / 2 (k2),  exp(d) - d - 1 (k3)   with d = ref_t - logp_t
 
 There is no denominator here: `weight` carries it, so the gradient cannot depend on how tokens were packed. A token of
-weight 0 adds exactly 0 to the loss and to every gradient, whatever its other values are (NaN included).
+weight 0 adds exactly 0 to the loss and to every gradient, whatever its other values are (NaN included; but under gspo
+its log-probabilities are part of its sequence's ratio).
 
 Sources: PPO 1707.06347, dual clip 1912.09729, GRPO 2402.03300, DAPO (eps_high) 2503.14476, CISPO 2506.13585, GSPO
 2507.18071, k1/k2/k3: Schulman, "Approximating KL divergence", 2020. TRL writes CISPO's bound as its epsilon_high:
@@ -397,6 +398,7 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     _, stats, grad_logp, grad_entropy = output
+    ctx.entropy_counts = inputs[-2] != 0
     ctx.mark_non_differentiable(stats, grad_logp, grad_entropy)
     ctx.save_for_backward(grad_logp, grad_entropy)
 
@@ -412,7 +414,7 @@ def _grads(ctx, grad_loss, *_):
         None,
         None,
         None,
-        grad_entropy * grad_loss if needs[6] and grad_entropy.numel() else None,
+        grad_entropy * grad_loss if needs[6] and ctx.entropy_counts else None,
         *[None] * 11,
     )
 
