@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linear_logprob import _gather, _live_rows, _pad_rows, _padded, _require, _spread
+from .linear_logprob import _check_temperature, _gather, _live_rows, _pad_rows, _padded, _require, _spread
 
 DEFAULT_CHUNK_BYTES = 256 << 20
 
@@ -128,7 +128,7 @@ def _check(x, w, x2, w2, direction, temperature, live, chunk_bytes) -> None:
     _require(
         direction in ("reverse", "forward"), lambda: f"direction must be 'reverse' or 'forward', got {direction!r}"
     )
-    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _check_temperature(temperature)
     _require(chunk_bytes > 0, lambda: f"chunk_bytes must be positive, got {chunk_bytes}")
     _require(
         live is None or (live.dtype == torch.bool and live.shape == (N,)),

@@ -210,6 +210,11 @@ def _require(condition, message) -> None:
         raise ValueError(message() if callable(message) else message)
 
 
+def _check_temperature(temperature) -> None:
+    """Its reciprocal becomes a float32 factor."""
+    _require(1e-30 <= temperature <= 1e30, lambda: f"temperature must be in [1e-30, 1e30], got {temperature}")
+
+
 def _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group) -> None:
     _require(hidden_NH.dim() == 2, lambda: f"hidden must have shape [N, H], got {list(hidden_NH.shape)}")
     _require(
@@ -244,7 +249,7 @@ def _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_g
         tp_group is None or hidden_NH.dtype != torch.float64,
         "hidden must be float16, bfloat16 or float32 with tp_group, got torch.float64",
     )
-    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _check_temperature(temperature)
     _require(cache_bytes >= 0, lambda: f"cache_bytes must be at least 0, got {cache_bytes}")
     if live is not None:
         _require(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear_logprob import GUARD_LOGP, SHORT_ROW, _require, softmax_rows
+from .linear_logprob import GUARD_LOGP, SHORT_ROW, _check_temperature, _require, softmax_rows
 
 TILE_ELEMENTS = 1 << 18  # CPU: rows are taken so many elements at a time, 1 MiB of float32
 LOWEST = -200.0  # far below the last z - k whose exponential is not 0 in float32, and finite
@@ -75,7 +75,7 @@ def _check(logits_NV, targets_N, temperature) -> None:
         targets_N.device == logits_NV.device,
         lambda: f"targets must be on logits' device, {logits_NV.device}, got {targets_N.device}",
     )
-    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _check_temperature(temperature)
     if targets_N.device.type == "cpu" and N > 0 and not torch.compiler.is_compiling():
         low, high = (int(t) for t in torch.aminmax(targets_N))
         _require(low >= 0 and high < V, lambda: f"targets must be in [0, V) = [0, {V}), got {low} .. {high}")

@@ -125,7 +125,7 @@ def test_the_sampled_estimate_and_its_gradient_are_the_divergence_in_the_mean():
         ({"teacher_hidden_NK": torch.zeros(2, 4)}, "teacher_hidden must have the rows of hidden, 3, got 2"),
         ({"weight_VH": torch.zeros(5, 7)}, r"weight must have shape \[V, 8\], V > 0, got \[5, 7\]"),
         ({"direction": "backward"}, "direction must be 'reverse' or 'forward', got 'backward'"),
-        ({"temperature": 0.0}, r"temperature must be positive and finite, got 0\.0"),
+        ({"temperature": 0.0}, r"temperature must be in \[1e-30, 1e30\], got 0\.0"),
         ({"chunk_bytes": 0}, "chunk_bytes must be positive, got 0"),
         ({"live": torch.ones(2, dtype=torch.bool)}, r"live must be bool of shape \[N\] = \[3\], got torch\.bool \[2\]"),
     ],

@@ -398,8 +398,9 @@ GOOD = {"hidden_NH": torch.zeros(3, 8), "weight_VH": torch.zeros(5, 8), "targets
         ({"targets_N": torch.zeros(3)}, "targets must be int64 or int32, got torch.float32"),
         ({"targets_N": torch.tensor([0, 5, 1])}, r"targets must be in \[0, V\) = \[0, 5\), got 0 .. 5"),
         ({"targets_N": torch.tensor([0, -1, 1])}, r"targets must be in \[0, V\) = \[0, 5\), got -1 .. 1"),
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"temperature": 0.0}, r"temperature must be in \[1e-30, 1e30\], got 0\.0"),
+        ({"temperature": 1e300}, r"temperature must be in \[1e-30, 1e30\], got 1e\+300"),
+        ({"temperature": float("nan")}, r"temperature must be in \[1e-30, 1e30\], got nan"),
         ({"cache_bytes": -1}, "cache_bytes must be at least 0, got -1"),
         (
             {"hidden_NH": torch.zeros(3, 8).double(), "weight_VH": torch.zeros(5, 8).double(), "tp_group": object()},
