@@ -22,9 +22,9 @@ On the CPU a vocabulary of one block (2048) takes the row's maximum as the ancho
 same products.
 
 Promises: log-probabilities, entropies and input gradients are float32 inside; dW is accumulated in float32 and
-rounded once. On the CPU, logp, entropy and dX of a row are the same bits in any row order, batch or cache size (the
-matrix products run on multiples of 16 rows; a test holds the BLAS to it), and dW is bitwise repeatable. logp is never
-positive beyond rounding of the guard path.
+rounded once. On the CPU, logp, entropy and dX of a row are the same bits in any row order, batch or cache size for one
+number of threads (the matrix products run on multiples of 16 rows; a test holds the BLAS to it), and dW is bitwise
+repeatable. logp is never positive beyond rounding of the guard path.
 
 Letters: N rows (tokens), H hidden width, V vocabulary, R cached rows, M live rows. Natural logarithms (nats)
 throughout.
