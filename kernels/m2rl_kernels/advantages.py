@@ -48,9 +48,9 @@ def group_advantages(
     """Advantages of samples that lie group by group: group g is rewards[group_offsets[g]:group_offsets[g + 1]].
 
     rewards [S] float32 or float64; NaN = missing. group_offsets [G+1] int32 or int64, rising from 0 to S; a group may
-    be empty. eps: added to the std (grpo, batch_std). cu_seqlens [S+1] int32 or int64: also broadcast to tokens
-    (sample s owns tokens cu_seqlens[s]:cu_seqlens[s + 1]); total_tokens = cu_seqlens[-1] spares CUDA the
-    synchronisation that reads it.
+    be empty. mode: grpo, dr_grpo, rloo or batch_std, the formulas at the head of this file. eps: added to the std
+    (grpo, batch_std). cu_seqlens [S+1] int32 or int64: also broadcast to tokens (sample s owns tokens
+    cu_seqlens[s]:cu_seqlens[s + 1]); total_tokens = cu_seqlens[-1] spares CUDA the synchronisation that reads it.
 
     ValueError names the argument, the rule and the value.
     """
@@ -112,7 +112,7 @@ def _offsets(name: str, x: Tensor, device: torch.device, last: int | None) -> No
         lambda: f"{name} must be int32 or int64 with at least one entry, got {x.dtype} {list(x.shape)}",
     )
     _require(x.device == device, lambda: f"{name} must be on the device of rewards, {device}, got {x.device}")
-    if not x.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
         _require(
             int(x[0]) == 0 and bool((x.diff() >= 0).all()) and (last is None or int(x[-1]) == last),
             lambda: (
@@ -125,7 +125,7 @@ def _offsets(name: str, x: Tensor, device: torch.device, last: int | None) -> No
 # ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rl::group_advantages", mutates_args=())
+@torch.library.custom_op("m2rl::group_advantages", mutates_args=(), device_types=("cpu", "cuda"))
 def group_advantages_op(
     rewards: Tensor, group_offsets: Tensor, mode: str, eps: float, cu_seqlens: Tensor | None, total_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -67,11 +67,12 @@ def linear_logprob(
     output.
 
     hidden [N, H] and weight [V, H]: one dtype of float16, bfloat16, float32 (float64 runs the reference, for
-    gradcheck).
+        gradcheck), any strides; on CUDA H is a multiple of 8. Any V >= 1 and N >= 0.
     targets [N]: int64 or int32 in [0, V); targets of dead rows are not read.
     live [N] bool: rows that are False return exactly 0, get a zero gradient and cost nothing. On CUDA a `live` on the
         device costs one synchronisation (to size the compaction); a `live` on the CPU costs none.
-    cache_bytes: budget for exponentials kept for the backward; more rows kept means fewer recomputed, never other bits.
+    cache_bytes: budget for exponentials kept for the backward (float32 on the CPU, hidden's dtype on CUDA); more rows
+        kept means fewer recomputed, never other bits.
     tp_group: process group over which the vocabulary is sharded in equal parts by rank; weight is this rank's
         [V / size, H], hidden and targets (global ids) are replicated, the gradient of hidden is summed over the group.
         Nothing is cached then (four matrix products), and a row on the guard path costs one more reduction.
@@ -314,7 +315,7 @@ def _triton():
 # ---- torch.library operations --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rl::linear_logprob_fwd", mutates_args=())
+@torch.library.custom_op("m2rl::linear_logprob_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def linear_logprob_fwd(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -347,7 +348,7 @@ def _(hidden_NH, weight_VH, targets_N, rows_M, temperature, cached_rows, with_en
     return new(N), new(N if with_entropy else 0), new(4, M), _new_cache(hidden_NH, cached_rows, V)
 
 
-@torch.library.custom_op("m2rl::linear_logprob_bwd", mutates_args=())
+@torch.library.custom_op("m2rl::linear_logprob_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def linear_logprob_bwd(
     grad_logp_N: Tensor | None,
     grad_entropy_N: Tensor | None,

@@ -333,6 +333,7 @@ def _move(plan_bin: PackBin, moves: list[tuple[Tensor, Tensor, bool]], fill: int
     if not moves or plan_bin.tokens == 0:
         return
     device = moves[0][0].device
+    _require(device.type in ("cpu", "cuda"), lambda: f"fields must be on the CPU or a CUDA device, got {device}")
     for src, dst, _ in moves:
         _require(
             src.device == device and dst.device == device,

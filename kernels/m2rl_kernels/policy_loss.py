@@ -75,7 +75,8 @@ def policy_loss(
     n_segments: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats): the weighted sum of the tokens' losses, a float32 scalar differentiable in logp and entropy, and
-    the raw sums [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation.
+    the raw sums [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation. This file's
+    head has the formulas of kind (one of KINDS), kl (one of KLS) and the clips; STATS names the columns of the sums.
 
     logp, behaviour_logp, advantage, weight, old_logp, ref_logp, entropy: [N] float32 (logp float64: the reference
     runs, for gradcheck). behaviour_logp None: no importance correction. old_logp None: strictly on-policy, old is logp
@@ -303,7 +304,7 @@ def _check(
                 f"{list(cu_seqlens.shape)} on {cu_seqlens.device}"
             ),
         )
-        if not logp.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
+        if logp.device.type == "cpu" and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
             ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
             _require(
                 ends == (0, len(logp)) and bool((cu_seqlens.diff() >= 0).all()),
@@ -317,7 +318,7 @@ def _check(
 # ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rl::policy_loss_fwd", mutates_args=())
+@torch.library.custom_op("m2rl::policy_loss_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def policy_loss_fwd(
     logp: Tensor,
     behaviour: Tensor | None,

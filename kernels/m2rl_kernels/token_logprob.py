@@ -92,7 +92,7 @@ def _triton():
     return token_logprob_triton
 
 
-@torch.library.custom_op("m2rl::token_logprob_fwd", mutates_args=())
+@torch.library.custom_op("m2rl::token_logprob_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def token_logprob_fwd(
     logits_NV: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _(logits_NV, targets_N, temperature, with_entropy):
     )
 
 
-@torch.library.custom_op("m2rl::token_logprob_bwd", mutates_args=())
+@torch.library.custom_op("m2rl::token_logprob_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def token_logprob_bwd(
     grad_logp_N: Tensor | None,
     grad_entropy_N: Tensor | None,
@@ -174,13 +174,10 @@ def _tiles(N: int, V: int):
 
 def _shifted(logits_tile: Tensor, anchor_tile: Tensor, inv_t: float) -> Tensor:
     """z - k in float32, a new tensor."""
-    if inv_t == 1.0:
-        return (
-            torch.sub(logits_tile, anchor_tile[:, None])
-            if logits_tile.dtype == torch.float32
-            else (logits_tile.float().sub_(anchor_tile[:, None]))
-        )
-    return (logits_tile.float() * inv_t).sub_(anchor_tile[:, None])
+    k = anchor_tile[:, None]
+    if inv_t != 1.0:
+        return (logits_tile.float() * inv_t).sub_(k)
+    return logits_tile - k if logits_tile.dtype == torch.float32 else logits_tile.float().sub_(k)
 
 
 def _row_sums(x: Tensor, add=torch.sum) -> Tensor:

@@ -178,6 +178,8 @@ def test_wrong_fields_are_named():
             pack(b, shift=["x"], x=torch.zeros(5, dtype=dtype))
     with pytest.raises(ValueError, match=r"ignore_index must fit x, torch.int8: in \[-128, 127\], got -200"):
         pack(b, shift=["x"], ignore_index=-200, x=torch.zeros(5, dtype=torch.int8))
+    with pytest.raises(ValueError, match="fields must be on the CPU or a CUDA device, got meta"):
+        pack(b, x=torch.zeros(5, device="meta"))
     with pytest.raises(ValueError, match="x must not require a gradient"):
         pack(b, x=torch.zeros(5, requires_grad=True))
     with pytest.raises(ValueError, match="out must hold a tensor for 'x'"):
