@@ -28,8 +28,8 @@ Moments moments(const Real* rewards, int64_t begin, int64_t end) {
   m.alive = low < high;
   if (!m.alive) return m;
   for (int64_t i = begin; i < end; ++i) {
-    const double d = rewards[i] - m.mean;
-    if (d == d) square += d * d;
+    const double r = rewards[i], d = r - m.mean;
+    if (r == r) square += d * d;
   }
   m.std = std::sqrt(square / (m.count - 1));
   return m;

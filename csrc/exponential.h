@@ -8,9 +8,9 @@
 
 namespace m2rl {
 
-// e^x to 2 units in the last place, of one float F with its signed integer I, or of vectors of them: x = n log 2 + f, a polynomial of
+// e^x to 2 units in the last place, of one float F with its unsigned integer U, or of vectors of them: x = n log 2 + f, a polynomial of
 // degree 7 on f (Cephes' coefficients), 2^n in two factors, so that results near both ends of the range are right as well.
-template <typename I, typename F>
+template <typename U, typename F>
 static inline __attribute__((always_inline)) F exponential_of(const F& x) {
   const F shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer in the low bits of the mantissa
   const F n = shifted - 12582912.0f;
@@ -21,12 +21,13 @@ static inline __attribute__((always_inline)) F exponential_of(const F& x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  const I power = bits_as<I>(shifted) - 0x4b400000, half = power >> 1, low = (half + 127) << 23, high = (power - half + 127) << 23;
+  const U power = bits_as<U>(shifted) - (0x4b400000u - 256u), half = power >> 1;  // n + 256: unsigned, so that it may wrap
+  const U low = (half - 1u) << 23, high = (power - half - 1u) << 23;              // biased by 127: half is n / 2 + 128
   const F scaled = p * bits_as<F>(low) * bits_as<F>(high), none = {}, infinite = none + std::numeric_limits<float>::infinity();
   const F bounded = x < -104.0f ? none : scaled;
   return x > 88.8f ? infinite : bounded;
 }
 
-static inline __attribute__((always_inline)) float exponential(float x) { return exponential_of<int32_t>(x); }
+static inline __attribute__((always_inline)) float exponential(float x) { return exponential_of<uint32_t>(x); }
 
 }  // namespace m2rl

@@ -48,7 +48,7 @@ void row(const float* z, int n, float scale, int64_t target, float weight, float
   const float most = folded(high, [](float a, float b) { return a > b ? a : b; });
   for (int s = 0; s < steps; ++s) {
     const Lanes x = e[s] - most;
-    e[s] = exponential_of<Integers>(x);
+    e[s] = exponential_of<Words>(x);
     total += e[s];
     if (plogp != nullptr) spread += e[s] == none ? none : e[s] * x;  // 0 log 0 = 0
   }

@@ -7,6 +7,7 @@
 
 A NaN reward is a missing sample: it counts in no mean, no std and no n_g, and its advantage is 0. A group is live when
 it has two present rewards that differ; every advantage of a group that is not live is exactly 0, and so is its std.
+An infinite reward is not a missing one: every advantage that it enters is NaN or infinite.
 Mean and variance are two-pass and in float64 inside: a common offset of the rewards costs no accuracy.
 
 Letters: S samples, G groups, T tokens. Errors: ValueError. Error bound: 1e-6 * max|r| / (std + eps) against float64.
@@ -47,9 +48,9 @@ def group_advantages(
     """Advantages of samples that lie group by group: group g is rewards[group_offsets[g]:group_offsets[g + 1]].
 
     rewards [S] float32 or float64; NaN = missing. group_offsets [G+1] int32 or int64, rising from 0 to S; a group may
-    be empty. eps: added to the std (grpo, batch_std). cu_seqlens [S+1] int32 or int64: also broadcast to tokens
-    (sample s owns tokens cu_seqlens[s]:cu_seqlens[s + 1]); total_tokens = cu_seqlens[-1] spares CUDA the
-    synchronisation that reads it.
+    be empty. mode: grpo, dr_grpo, rloo or batch_std, the formulas at the head of this file. eps: added to the std
+    (grpo, batch_std). cu_seqlens [S+1] int32 or int64: also broadcast to tokens (sample s owns tokens
+    cu_seqlens[s]:cu_seqlens[s + 1]); total_tokens = cu_seqlens[-1] spares CUDA the synchronisation that reads it.
 
     ValueError names the argument, the rule and the value.
     """
@@ -75,7 +76,7 @@ def group_advantages_ref(rewards, group_offsets, mode="grpo", eps=1e-6, cu_seqle
         if alive:
             divisor = {"grpo": stds[-1] + eps, "dr_grpo": 1.0, "rloo": 1 - 1 / len(x), "batch_std": batch + eps}[mode]
             live[a:b] = ~r[a:b].isnan()
-            adv[a:b] = (r[a:b] - means[-1]).nan_to_num(0.0) / divisor
+            adv[a:b] = torch.where(r[a:b].isnan(), 0.0, (r[a:b] - means[-1]) / divisor)
     token_adv = None if cu_seqlens is None else adv.repeat_interleave(cu_seqlens.long().diff())
     return Advantages(adv, r.new_tensor(means), r.new_tensor(stds), live, token_adv)
 
@@ -97,11 +98,11 @@ def _check(rewards, group_offsets, mode, eps, cu_seqlens, total_tokens) -> None:
     _require(eps >= 0, lambda: f"eps must be at least 0, got {eps}")
     _offsets("group_offsets", group_offsets, rewards.device, last=len(rewards))
     if cu_seqlens is not None:
+        _offsets("cu_seqlens", cu_seqlens, rewards.device, last=total_tokens)
         _require(
             len(cu_seqlens) == len(rewards) + 1,
             lambda: f"cu_seqlens must have S+1 = {len(rewards) + 1} entries, got {list(cu_seqlens.shape)}",
         )
-        _offsets("cu_seqlens", cu_seqlens, rewards.device, last=total_tokens)
     _require(total_tokens is None or total_tokens >= 0, lambda: f"total_tokens must be at least 0, got {total_tokens}")
 
 
@@ -111,7 +112,7 @@ def _offsets(name: str, x: Tensor, device: torch.device, last: int | None) -> No
         lambda: f"{name} must be int32 or int64 with at least one entry, got {x.dtype} {list(x.shape)}",
     )
     _require(x.device == device, lambda: f"{name} must be on the device of rewards, {device}, got {x.device}")
-    if not x.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
         _require(
             int(x[0]) == 0 and bool((x.diff() >= 0).all()) and (last is None or int(x[-1]) == last),
             lambda: (
@@ -124,7 +125,7 @@ def _offsets(name: str, x: Tensor, device: torch.device, last: int | None) -> No
 # ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rl::group_advantages", mutates_args=())
+@torch.library.custom_op("m2rl::group_advantages", mutates_args=(), device_types=("cpu", "cuda"))
 def group_advantages_op(
     rewards: Tensor, group_offsets: Tensor, mode: str, eps: float, cu_seqlens: Tensor | None, total_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -79,14 +79,14 @@ def group_advantages_kernel(
         for at in range(begin, end, BLOCK):
             i = at + lane
             r = tl.load(rewards + i, i < end, float("nan")).to(tl.float64)
-            teaches = r * 0 + span > 0  # present and alive: NaN > 0 is false
+            teaches = tl.where(r == r, span, 0.0) > 0  # present and alive
             tl.store(adv + i, tl.where(teaches, (r - mean) * scale, 0.0), i < end)
             tl.store(live + i, teaches, i < end)
     if BROADCAST:
         lane = tl.arange(0, TOKENS)
         for sample in range(begin + share, end, shares):
             r = tl.load(rewards + sample).to(tl.float64)
-            value = tl.where(r * 0 + span > 0, (r - mean) * scale, 0.0)  # NaN > 0 is false
+            value = tl.where(tl.where(r == r, span, 0.0) > 0, (r - mean) * scale, 0.0)
             first, last = tl.load(cu_seqlens + sample).to(tl.int64), tl.load(cu_seqlens + sample + 1).to(tl.int64)
             for at in range(first, last, TOKENS):
                 tl.store(token_adv + at + lane, tl.zeros((TOKENS,), tl.float64) + value, at + lane < last)

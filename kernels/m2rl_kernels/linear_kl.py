@@ -10,9 +10,11 @@ sampled-token estimate.
 Reverse is mode-seeking, the objective of on-policy distillation (Agarwal et al., "On-Policy Distillation of Language
 Models", arXiv 2306.13649); forward is the classic, mass-covering one (Hinton et al., arXiv 1503.02531).
 
-Method: rows are taken `chunk_bytes` of float32 logits at a time (two [rows, V] buffers, reused). Only the student's
-rows and the two log-normalisers of a row are kept for the backward, which makes the chunk's logits again: four
-products forward and backward for the student, two for the teacher. Gradients flow to the student only. The gradient of
+Method: rows are taken `chunk_bytes` of float32 logits at a time (three [rows, V] buffers, reused). With both rows of
+logits less their maxima and g_v = z_v - z'_v, log p - log q is g less a number of the row, so KL = sum p g - log S +
+log S', and dz = p (g - sum p g): nothing large cancels, however large the logits. Kept for the backward are the inputs
+and three numbers a row; it makes the chunk's logits again: four products forward and backward for the student, two for
+the teacher. Gradients flow to the student only. The gradient of
 the student's weight is accumulated in float32 and rounded once. On the CPU a row's bits do not depend on the batch
 around it.
 
@@ -26,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .linear_logprob import _gather, _live_rows, _pad_rows, _padded, _require, _spread
+from .linear_logprob import _check_temperature, _gather, _live_rows, _pad_rows, _padded, _require, _spread
 
 DEFAULT_CHUNK_BYTES = 256 << 20
 
@@ -48,7 +50,7 @@ def linear_kl(
     hidden [N, H], weight [V, H], teacher_hidden [N, K], teacher_weight [V, K]: float16, bfloat16 or float32, one dtype
     per pair (float64 runs the reference, for gradcheck). Both distributions use `temperature`.
     live [N] bool: rows that are False return exactly 0, get a zero gradient and cost nothing.
-    chunk_bytes: bound on the float32 logits alive at once, student and teacher together (one row at least).
+    chunk_bytes: bound on the [rows, V] float32 buffers alive at once, three of them (16 rows at least).
     A ValueError names the argument, the rule and the value.
     """
     _check(hidden_NH, weight_VH, teacher_hidden_NK, teacher_weight_VK, direction, temperature, live, chunk_bytes)
@@ -126,7 +128,7 @@ def _check(x, w, x2, w2, direction, temperature, live, chunk_bytes) -> None:
     _require(
         direction in ("reverse", "forward"), lambda: f"direction must be 'reverse' or 'forward', got {direction!r}"
     )
-    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _check_temperature(temperature)
     _require(chunk_bytes > 0, lambda: f"chunk_bytes must be positive, got {chunk_bytes}")
     _require(
         live is None or (live.dtype == torch.bool and live.shape == (N,)),
@@ -148,21 +150,19 @@ def linear_kl_fwd(
     temperature: float,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """(kl [N], stats [3, M]: log-normaliser of the student, of the teacher, kl)."""
+    """(kl [N], stats [3, M]: log sum exp of the student's and the teacher's shifted logits, mean gap)."""
     x, x2 = _gather(hidden_NH, rows_M), _gather(teacher_hidden_NK, rows_M)
     M, inv_t = x.shape[0], 1.0 / temperature
-    stats_3M = torch.zeros(3, M, dtype=torch.float32, device=x.device)
-    for r, e, z, z2 in _chunks(x, weight_VH, x2, teacher_weight_VK, inv_t, chunk_bytes):
-        # z stays untouched up to the last line; nothing larger than the two buffers is made
-        lse, lse2 = torch.logsumexp(z, 1), torch.logsumexp(z2, 1)
-        difference = z2.neg_().add_(z)  # z - z'
-        if reverse:
-            kl = (z.sub_(lse[:, None]).exp_().mul_(difference)).sum(1) - lse + lse2
-        else:
-            teacher = z.sub_(difference).sub_(lse2[:, None]).exp_()
-            kl = lse - lse2 - teacher.mul_(difference).sum(1)
-        stats_3M[:, r:e] = torch.stack([lse, lse2, kl])[:, : e - r]
-    return _spread(stats_3M[2].clone(), rows_M, hidden_NH.shape[0]), stats_3M
+    kl_M, stats_3M = x.new_zeros(M, dtype=torch.float32), x.new_zeros(3, M, dtype=torch.float32)
+    for r, e, z, z2, scratch in _chunks(x, weight_VH, x2, teacher_weight_VK, inv_t, chunk_bytes):
+        log_S, log_S2 = (torch.exp(logits, out=scratch).sum(1).log() for logits in (z, z2))
+        own, log_own = (z, log_S) if reverse else (z2, log_S2)
+        weights = torch.sub(own, log_own[:, None], out=scratch).exp_()
+        gap = z.sub_(z2)
+        mean = weights.mul_(gap).sum(1)
+        kl = mean - log_S + log_S2 if reverse else log_S - log_S2 - mean
+        kl_M[r:e], stats_3M[:, r:e] = kl[: e - r], torch.stack([log_S, log_S2, mean])[:, : e - r]
+    return _spread(kl_M, rows_M, hidden_NH.shape[0]), stats_3M
 
 
 @linear_kl_fwd.register_fake
@@ -196,13 +196,12 @@ def linear_kl_bwd(
         scale_M = scale_M / torch.where(size > 0, size, 1.0)
     grad_x = torch.zeros(M, H, dtype=dtype, device=x.device) if need_hidden else None
     grad_w32 = torch.zeros(V, H, dtype=torch.float32, device=x.device) if need_weight else None
-    for r, e, z, z2 in _chunks(x, weight_VH, x2, teacher_weight_VK, inv_t, chunk_bytes):
-        lse, lse2, kl = (_pad_rows(s[r:e], z.shape[0])[:, None] for s in stats_3M)
-        logp, logq = z.sub_(lse), z2.sub_(lse2)
+    for r, e, z, z2, _ in _chunks(x, weight_VH, x2, teacher_weight_VK, inv_t, chunk_bytes):
+        log_S, log_S2, mean = (_pad_rows(s[r:e], z.shape[0])[:, None] for s in stats_3M)
         if reverse:
-            dz = logq.neg_().add_(logp).sub_(kl).mul_(logp.exp_())
+            dz = z2.neg_().add_(z).sub_(mean).mul_(z.sub_(log_S).exp_())
         else:
-            dz = logp.exp_().sub_(logq.exp_())
+            dz = z.sub_(log_S).exp_().sub_(z2.sub_(log_S2).exp_())
         dz.mul_(_pad_rows(scale_M[r:e], z.shape[0])[:, None])
         dz = dz if z.device.type == "cpu" else dz.to(dtype)  # a half-precision product accumulates in float32
         if grad_x is not None:
@@ -263,10 +262,12 @@ linear_kl_fwd.register_autograd(_grads, setup_context=_save)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32: widened on the CPU, float32 accumulation and result on CUDA."""
+    """a @ b in float32: widened on the CPU, float32 accumulation and result on CUDA. Always into `out`: autocast would
+    turn a product without it into half precision."""
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) if out is None else out
     if a.device.type == "cpu" or a.dtype == torch.float32:
         return torch.mm(a.float(), b.float(), out=out)
-    return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _add_product(out32: Tensor, a: Tensor, b: Tensor) -> None:
@@ -277,16 +278,18 @@ def _add_product(out32: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _chunks(x, w, x2, w2, inv_t, chunk_bytes):
-    """(first row, end, z, z') over the rows, z and z' being scratch: [padded rows, V] float32 logits of both heads."""
+    """(first row, end, z, z', scratch) over the rows: [padded rows, V] float32 logits of both heads, less their row's
+    maximum. All three are the caller's to overwrite."""
     M, V = x.shape[0], w.shape[0]
     if M == 0:
         return
-    rows = _padded(max(1, min(M, chunk_bytes // (8 * V))))
-    buffer = torch.empty(2, rows, V, dtype=torch.float32, device=x.device)
+    rows = _padded(max(1, min(M, chunk_bytes // (12 * V))))
+    buffer = torch.empty(3, rows, V, dtype=torch.float32, device=x.device)
     for r in range(0, M, rows):
         e = min(r + rows, M)
         padded = _padded(e - r)
-        z, z2 = buffer[0, :padded], buffer[1, :padded]
-        _product(_pad_rows(x[r:e], padded), w.T, out=z)
-        _product(_pad_rows(x2[r:e], padded), w2.T, out=z2)
-        yield r, e, (z if inv_t == 1.0 else z.mul_(inv_t)), (z2 if inv_t == 1.0 else z2.mul_(inv_t))
+        z, z2, scratch = buffer[:, :padded]
+        for logits, hidden, weight in ((z, x, w), (z2, x2, w2)):
+            _product(_pad_rows(hidden[r:e], padded), weight.T, out=logits).mul_(inv_t)
+            logits.sub_(logits.amax(1, keepdim=True))
+        yield r, e, z, z2, scratch

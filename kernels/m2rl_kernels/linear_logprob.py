@@ -22,9 +22,9 @@ On the CPU a vocabulary of one block (2048) takes the row's maximum as the ancho
 same products.
 
 Promises: log-probabilities, entropies and input gradients are float32 inside; dW is accumulated in float32 and
-rounded once. On the CPU, logp, entropy and dX of a row are the same bits in any row order, batch or cache size (the
-matrix products run on multiples of 16 rows; a test holds the BLAS to it), and dW is bitwise repeatable. logp is never
-positive beyond rounding of the guard path.
+rounded once. On the CPU, logp, entropy and dX of a row are the same bits in any row order, batch or cache size for one
+number of threads (the matrix products run on multiples of 16 rows; a test holds the BLAS to it), and dW is bitwise
+repeatable. logp is never positive beyond rounding of the guard path.
 
 Letters: N rows (tokens), H hidden width, V vocabulary, R cached rows, M live rows. Natural logarithms (nats)
 throughout.
@@ -67,18 +67,20 @@ def linear_logprob(
     output.
 
     hidden [N, H] and weight [V, H]: one dtype of float16, bfloat16, float32 (float64 runs the reference, for
-    gradcheck).
+        gradcheck), any strides; on CUDA H is a multiple of 8. Any V >= 1 and N >= 0.
     targets [N]: int64 or int32 in [0, V); targets of dead rows are not read.
     live [N] bool: rows that are False return exactly 0, get a zero gradient and cost nothing. On CUDA a `live` on the
         device costs one synchronisation (to size the compaction); a `live` on the CPU costs none.
-    cache_bytes: budget for exponentials kept for the backward; more rows kept means fewer recomputed, never other bits.
+    cache_bytes: budget for exponentials kept for the backward (float32 on the CPU, hidden's dtype on CUDA); more rows
+        kept means fewer recomputed, never other bits.
     tp_group: process group over which the vocabulary is sharded in equal parts by rank; weight is this rank's
         [V / size, H], hidden and targets (global ids) are replicated, the gradient of hidden is summed over the group.
         Nothing is cached then (four matrix products), and a row on the guard path costs one more reduction.
 
-    On CUDA a target outside [0, V) gives NaN (a check would wait for the device); on the CPU it is a ValueError. A
-    ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton; on the CPU a
-    vocabulary of one block without the C++ library.
+    On CUDA a target outside [0, V) gives NaN (a check would wait for the device); on the CPU it is a ValueError, inside
+    torch.compile NaN (a vocabulary of one block) or an IndexError. A ValueError names the argument, the rule and the
+    value. ImportError: CUDA tensors without Triton; on the CPU a vocabulary of one block without the C++ library.
+    Second derivatives and torch.func transforms are errors.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group)
     if tp_group is not None:
@@ -209,6 +211,11 @@ def _require(condition, message) -> None:
         raise ValueError(message() if callable(message) else message)
 
 
+def _check_temperature(temperature) -> None:
+    """Its reciprocal becomes a float32 factor."""
+    _require(1e-30 <= temperature <= 1e30, lambda: f"temperature must be in [1e-30, 1e30], got {temperature}")
+
+
 def _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_group) -> None:
     _require(hidden_NH.dim() == 2, lambda: f"hidden must have shape [N, H], got {list(hidden_NH.shape)}")
     _require(
@@ -243,7 +250,7 @@ def _check(hidden_NH, weight_VH, targets_N, temperature, live, cache_bytes, tp_g
         tp_group is None or hidden_NH.dtype != torch.float64,
         "hidden must be float16, bfloat16 or float32 with tp_group, got torch.float64",
     )
-    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _check_temperature(temperature)
     _require(cache_bytes >= 0, lambda: f"cache_bytes must be at least 0, got {cache_bytes}")
     if live is not None:
         _require(
@@ -308,7 +315,7 @@ def _triton():
 # ---- torch.library operations --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rl::linear_logprob_fwd", mutates_args=())
+@torch.library.custom_op("m2rl::linear_logprob_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def linear_logprob_fwd(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -341,7 +348,7 @@ def _(hidden_NH, weight_VH, targets_N, rows_M, temperature, cached_rows, with_en
     return new(N), new(N if with_entropy else 0), new(4, M), _new_cache(hidden_NH, cached_rows, V)
 
 
-@torch.library.custom_op("m2rl::linear_logprob_bwd", mutates_args=())
+@torch.library.custom_op("m2rl::linear_logprob_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def linear_logprob_bwd(
     grad_logp_N: Tensor | None,
     grad_entropy_N: Tensor | None,
@@ -478,10 +485,10 @@ def _pad_rows(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
 
 
 def _target_logits_cpu(x_MH, weight_VH, y_M, inv_t) -> Tensor:
-    """Row dots."""
+    """Row dots. index_select, because weight[-100] would be a row: a compiled call's targets are not checked."""
     target_M = torch.empty(x_MH.shape[0])
     for r, e in _tiles(x_MH.shape[0], 2048):
-        torch.sum(x_MH[r:e] * weight_VH[y_M[r:e]].float(), 1, out=target_M[r:e])
+        torch.sum(x_MH[r:e] * weight_VH.index_select(0, y_M[r:e]).float(), 1, out=target_M[r:e])
     return target_M.mul_(inv_t)
 
 
@@ -672,9 +679,12 @@ class _TensorParallel(torch.autograd.Function):
 
         N, V, inv_t = hidden_NH.shape[0], weight_VH.shape[0], 1.0 / temperature
         x_MH = _gather(hidden_NH, rows_M)
-        y_M = _gather(targets_N, rows_M).long() - dist.get_rank(group) * V  # outside [0, V) on the other ranks
+        y_M = _gather(targets_N, rows_M).long()
+        nowhere_M = (y_M < 0) | (y_M >= dist.get_world_size(group) * V)
+        y_M = y_M - dist.get_rank(group) * V  # outside [0, V) on the other ranks
         target_M = _shard_target_logits(x_MH, weight_VH, y_M, inv_t)
         dist.all_reduce(target_M, group=group)
+        target_M.masked_fill_(nowhere_M, float("nan"))
         anchor_M = target_M.clone()
         sums_2M = _shard_sums(x_MH, weight_VH, y_M, target_M, anchor_M, inv_t, with_entropy)
         dist.all_reduce(sums_2M, group=group)

@@ -37,6 +37,7 @@ from m2rl_kernels import native
 
 TOLERANCE = 1.03  # rank imbalance above which one more bin per rank is tried
 MAX_FIELDS_PER_LAUNCH = 16  # kMaxFields in csrc/pack.cu
+SHIFTABLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,9 +261,10 @@ def pack(
 ) -> dict[str, Tensor]:
     """The bin's tokens of every field, sequence after sequence: name -> [T, ...], on the field's device.
 
-    fields: each [T_all, ...] contiguous, on one device: all sequences of the plan in order of index. Integer fields
-    [T_all] named in `shift` give the NEXT token of the same sequence instead (targets); the last position of each
-    sequence gets ignore_index, never another sequence's token. At most 16 fields per launch on CUDA.
+    fields: each [T_all, ...] contiguous, on one device: all sequences of the plan in order of index. Fields [T_all] of
+    a signed integer type named in `shift` give the NEXT token of the same sequence instead (targets); the last position
+    of each sequence gets ignore_index, never another sequence's token. At most 16 fields per launch on CUDA. Bytes are
+    copied: nothing is differentiable (gather_rows is).
 
     ValueError names the argument, the rule and the value.
     """
@@ -273,8 +275,13 @@ def pack(
         _require(name in fields, lambda: f"shift must name fields, got {name!r}, not among {sorted(fields)}")
         x = fields[name]
         _require(
-            x.dim() == 1 and not x.is_floating_point(),
-            lambda: f"{name} must be integers [T_all] to be shifted, got {x.dtype} {list(x.shape)}",
+            x.dim() == 1 and x.dtype in SHIFTABLE,
+            lambda: f"{name} must be signed integers [T_all] to be shifted, got {x.dtype} {list(x.shape)}",
+        )
+        low, high = torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max
+        _require(
+            low <= ignore_index <= high,
+            lambda: f"ignore_index must fit {name}, {x.dtype}: in [{low}, {high}], got {ignore_index}",
         )
     out = {name: x.new_empty(plan_bin.tokens, *x.shape[1:]) for name, x in fields.items()}
     _move(plan_bin, [(fields[n], out[n], n in shift) for n in fields], ignore_index, packing=True)
@@ -314,13 +321,19 @@ def _check_field(name: str, x: Tensor, rows: int, what: str) -> None:
         x.dim() >= 1 and len(x) >= rows, lambda: f"{name} must have at least {rows} rows, {what}, got {list(x.shape)}"
     )
     _require(x.is_contiguous(), lambda: f"{name} must be contiguous, got strides {x.stride()} for {list(x.shape)}")
+    _require(
+        not (x.requires_grad and torch.is_grad_enabled()),
+        lambda: f"{name} must not require a gradient, which a copy of bytes would drop: detach it or use gather_rows",
+    )
 
 
 def _move(plan_bin: PackBin, moves: list[tuple[Tensor, Tensor, bool]], fill: int, packing: bool) -> None:
     """Rows of every (src, dst, shifted), from the plan's places to the bin's when packing, else back."""
+    moves = [move for move in moves if move[0].numel()]
     if not moves or plan_bin.tokens == 0:
         return
     device = moves[0][0].device
+    _require(device.type in ("cpu", "cuda"), lambda: f"fields must be on the CPU or a CUDA device, got {device}")
     for src, dst, _ in moves:
         _require(
             src.device == device and dst.device == device,
@@ -335,7 +348,7 @@ def _move(plan_bin: PackBin, moves: list[tuple[Tensor, Tensor, bool]], fill: int
             ctypes.c_int32(n),
             (ctypes.c_void_p * n)(*[src.data_ptr() for src, _, _ in part]),
             (ctypes.c_void_p * n)(*[dst.data_ptr() for _, dst, _ in part]),
-            (ctypes.c_int64 * n)(*[src.stride(0) * src.element_size() for src, _, _ in part]),
+            (ctypes.c_int64 * n)(*[src[0].numel() * src.element_size() for src, _, _ in part]),  # not its stride: 1 row
             (ctypes.c_int32 * n)(*[shifted for _, _, shifted in part]),
             (ctypes.c_int64 * n)(*[fill] * n),
         )

@@ -10,7 +10,8 @@
     KL_t  = -d (k1),  d^2 / 2 (k2),  exp(d) - d - 1 (k3)   with d = ref_t - logp_t
 
 There is no denominator here: `weight` carries it, so the gradient cannot depend on how tokens were packed. A token of
-weight 0 adds exactly 0 to the loss and to every gradient, whatever its other values are (NaN included).
+weight 0 adds exactly 0 to the loss and to every gradient, whatever its other values are (NaN included; but under gspo
+its log-probabilities are part of its sequence's ratio).
 
 Sources: PPO 1707.06347, dual clip 1912.09729, GRPO 2402.03300, DAPO (eps_high) 2503.14476, CISPO 2506.13585, GSPO
 2507.18071, k1/k2/k3: Schulman, "Approximating KL divergence", 2020. TRL writes CISPO's bound as its epsilon_high:
@@ -23,6 +24,7 @@ Cost: one read of at most seven [N] vectors, one write of one or two. One launch
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -73,7 +75,8 @@ def policy_loss(
     n_segments: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats): the weighted sum of the tokens' losses, a float32 scalar differentiable in logp and entropy, and
-    the raw sums [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation.
+    the raw sums [n_segments, len(STATS)] float32, without gradient, on the same device. No synchronisation. This file's
+    head has the formulas of kind (one of KINDS), kl (one of KLS) and the clips; STATS names the columns of the sums.
 
     logp, behaviour_logp, advantage, weight, old_logp, ref_logp, entropy: [N] float32 (logp float64: the reference
     runs, for gradcheck). behaviour_logp None: no importance correction. old_logp None: strictly on-policy, old is logp
@@ -83,7 +86,7 @@ def policy_loss(
     segment: int64 [N] in [0, n_segments), the row of stats a token counts in; a value outside counts in none. None:
     all in row 0.
 
-    ValueError names the argument, the rule and the value.
+    First derivatives only. ValueError names the argument, the rule and the value.
     """
     tensors = {
         "behaviour_logp": behaviour_logp_N,
@@ -271,6 +274,8 @@ def _check(
     _require(eps_high >= 0, lambda: f"eps_high must be at least 0, got {eps_high}")
     _require(dual_clip is None or dual_clip > 1, lambda: f"dual_clip must be None or above 1, got {dual_clip}")
     _require(tis_cap is None or tis_cap > 0, lambda: f"tis_cap must be None or above 0, got {tis_cap}")
+    _require(math.isfinite(kl_coef), lambda: f"kl_coef must be finite, got {kl_coef}")
+    _require(math.isfinite(entropy_coef), lambda: f"entropy_coef must be finite, got {entropy_coef}")
     _require(
         kl_coef == 0 or tensors["ref_logp"] is not None, lambda: f"kl_coef must be 0 without ref_logp, got {kl_coef}"
     )
@@ -299,7 +304,7 @@ def _check(
                 f"{list(cu_seqlens.shape)} on {cu_seqlens.device}"
             ),
         )
-        if not logp.is_cuda and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
+        if logp.device.type == "cpu" and not torch.compiler.is_compiling():  # on CUDA this would wait for the device
             ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
             _require(
                 ends == (0, len(logp)) and bool((cu_seqlens.diff() >= 0).all()),
@@ -313,7 +318,7 @@ def _check(
 # ---- torch.library operation -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("m2rl::policy_loss_fwd", mutates_args=())
+@torch.library.custom_op("m2rl::policy_loss_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def policy_loss_fwd(
     logp: Tensor,
     behaviour: Tensor | None,
@@ -394,10 +399,12 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     _, stats, grad_logp, grad_entropy = output
+    ctx.entropy_counts = inputs[-2] != 0
     ctx.mark_non_differentiable(stats, grad_logp, grad_entropy)
     ctx.save_for_backward(grad_logp, grad_entropy)
 
 
+@torch.autograd.function.once_differentiable  # a second derivative would miss that of grad_logp: an error instead
 def _grads(ctx, grad_loss, *_):
     grad_logp, grad_entropy = ctx.saved_tensors
     needs = ctx.needs_input_grad
@@ -408,7 +415,7 @@ def _grads(ctx, grad_loss, *_):
         None,
         None,
         None,
-        grad_entropy * grad_loss if needs[6] and grad_entropy.numel() else None,
+        grad_entropy * grad_loss if needs[6] and ctx.entropy_counts else None,
         *[None] * 11,
     )
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear_logprob import GUARD_LOGP, SHORT_ROW, _require, softmax_rows
+from .linear_logprob import GUARD_LOGP, SHORT_ROW, _check_temperature, _require, softmax_rows
 
 TILE_ELEMENTS = 1 << 18  # CPU: rows are taken so many elements at a time, 1 MiB of float32
+LOWEST = -200.0  # far below the last z - k whose exponential is not 0 in float32, and finite
 
 
 def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 1.0, return_entropy: bool = False):
@@ -31,7 +32,8 @@ def token_logprob(logits_NV: Tensor, targets_N: Tensor, *, temperature: float = 
     pair (logp, entropy). Differentiable with respect to the logits, through either output; the gradient has the
     logits' dtype.
 
-    logits [N, V]: float16, bfloat16, float32 (float64 runs the reference, for gradcheck), unit stride along V.
+    logits [N, V]: float16, bfloat16, float32 (float64 runs the reference, for gradcheck), unit stride along V. A logit
+        of -inf is a token that cannot be drawn: probability 0, gradient 0, nothing added to the entropy.
     targets [N]: int64 or int32 in [0, V). On CUDA a target outside gives NaN; on the CPU it is a ValueError.
     A ValueError names the argument, the rule and the value. ImportError: CUDA tensors without Triton; rows of at most
     4096 logits on the CPU without the C++ library.
@@ -48,7 +50,8 @@ def token_logprob_ref(logits_NV, targets_N, temperature=1.0, return_entropy=Fals
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     logp_NV = (logits_NV.to(dtype) / temperature).log_softmax(-1)
     logp_N = logp_NV.gather(1, targets_N.long()[:, None])[:, 0]
-    return (logp_N, -(logp_NV.exp() * logp_NV).sum(-1)) if return_entropy else logp_N
+    possible_NV = torch.where(logp_NV == -torch.inf, 0.0, logp_NV)  # 0 log 0 = 0
+    return (logp_N, -(logp_NV.exp() * possible_NV).sum(-1)) if return_entropy else logp_N
 
 
 def _check(logits_NV, targets_N, temperature) -> None:
@@ -72,7 +75,7 @@ def _check(logits_NV, targets_N, temperature) -> None:
         targets_N.device == logits_NV.device,
         lambda: f"targets must be on logits' device, {logits_NV.device}, got {targets_N.device}",
     )
-    _require(0 < temperature < float("inf"), lambda: f"temperature must be positive and finite, got {temperature}")
+    _check_temperature(temperature)
     if targets_N.device.type == "cpu" and N > 0 and not torch.compiler.is_compiling():
         low, high = (int(t) for t in torch.aminmax(targets_N))
         _require(low >= 0 and high < V, lambda: f"targets must be in [0, V) = [0, {V}), got {low} .. {high}")
@@ -89,7 +92,7 @@ def _triton():
     return token_logprob_triton
 
 
-@torch.library.custom_op("m2rl::token_logprob_fwd", mutates_args=())
+@torch.library.custom_op("m2rl::token_logprob_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def token_logprob_fwd(
     logits_NV: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +116,7 @@ def _(logits_NV, targets_N, temperature, with_entropy):
     )
 
 
-@torch.library.custom_op("m2rl::token_logprob_bwd", mutates_args=())
+@torch.library.custom_op("m2rl::token_logprob_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def token_logprob_bwd(
     grad_logp_N: Tensor | None,
     grad_entropy_N: Tensor | None,
@@ -171,13 +174,16 @@ def _tiles(N: int, V: int):
 
 def _shifted(logits_tile: Tensor, anchor_tile: Tensor, inv_t: float) -> Tensor:
     """z - k in float32, a new tensor."""
-    if inv_t == 1.0:
-        return (
-            torch.sub(logits_tile, anchor_tile[:, None])
-            if logits_tile.dtype == torch.float32
-            else (logits_tile.float().sub_(anchor_tile[:, None]))
-        )
-    return (logits_tile.float() * inv_t).sub_(anchor_tile[:, None])
+    k = anchor_tile[:, None]
+    if inv_t != 1.0:
+        return (logits_tile.float() * inv_t).sub_(k)
+    return logits_tile - k if logits_tile.dtype == torch.float32 else logits_tile.float().sub_(k)
+
+
+def _row_sums(x: Tensor, add=torch.sum) -> Tensor:
+    """add(x, 1). Twice for one row where others come in tiles: torch shares a single sum among its threads, and a row's
+    bits would depend on its place."""
+    return add(x, 1) if x.shape[0] > 1 or 2 * x.shape[1] > TILE_ELEMENTS else add(x.expand(2, -1), 1)[:1]
 
 
 def _forward_cpu(logits_NV, targets_N, inv_t, with_entropy) -> Tensor:
@@ -199,9 +205,9 @@ def _forward_cpu(logits_NV, targets_N, inv_t, with_entropy) -> Tensor:
             d = _shifted(logits_NV[r:e], anchor[r:e], inv_t)
             if with_entropy:
                 E = d.exp()
-                S_tile, U_tile = E.sum(1), d.mul_(E).sum(1)
+                S_tile, U_tile = _row_sums(E), _row_sums(d.mul_(E), torch.nansum)  # 0 * -inf: S tells of true NaNs
             else:
-                S_tile, U_tile = d.exp_().sum(1), None
+                S_tile, U_tile = _row_sums(d.exp_()), None
             S[r:e] = S_tile if again is None else torch.where(again, S_tile, S[r:e])
             if U_tile is not None:
                 U[r:e] = U_tile if again is None else torch.where(again, U_tile, U[r:e])
@@ -233,6 +239,6 @@ def _backward_cpu(grad_NV, logits_NV, targets_N, anchor_N, alpha_N, beta_N, gamm
             F = d.exp_().mul_(alpha_N[r:e, None])
         else:
             E = d.exp()
-            F = d.mul_(beta_N[r:e, None]).add_(alpha_N[r:e, None]).mul_(E)
+            F = d.clamp_(min=LOWEST).mul_(beta_N[r:e, None]).add_(alpha_N[r:e, None]).mul_(E)
         F.scatter_add_(1, y_N[r:e, None], gamma_N[r:e, None])
         grad_NV[r:e] = F

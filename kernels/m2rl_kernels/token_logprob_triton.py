@@ -65,7 +65,7 @@ def backward_kernel(
     e = tl.exp2(d * 1.4426950408889634)
     f = tl.load(alpha + row)
     if WITH_U:
-        g = e * (f + tl.load(beta + row) * d)
+        g = tl.where(e == 0, 0.0, e * (f + tl.load(beta + row) * d))  # d may be -inf
     else:
         g = e * f
     g += tl.where(v == tl.load(targets + row), tl.load(gamma + row), 0.0)

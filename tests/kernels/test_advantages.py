@@ -82,6 +82,18 @@ def test_equal_rewards_whose_mean_rounds_are_dead():
     assert (r.sum() / 3 != r[0]) and not group_advantages(r, torch.tensor([0, 3])).live.any()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_infinite_reward_is_not_a_missing_one(mode):
+    """It is a mistake that must show, and not become a finite advantage."""
+    inf = float("inf")
+    rewards, offsets = flat([[inf, 0, 1, NAN], [inf, -inf], [-inf, -inf], [1, 2]])
+    got, want = group_advantages(rewards, offsets, mode), group_advantages_ref(rewards, offsets, mode)
+    torch.testing.assert_close(got.adv, want.adv, equal_nan=True)
+    assert got.live.tolist() == [True, True, True, False, True, True, False, False, True, True]
+    assert not got.adv[[0, 1, 2, 4, 5]].isfinite().any() and not got.adv[[3, 6, 7]].any()
+    assert got.adv[8:].isnan().all() if mode == "batch_std" else got.adv[8:].isfinite().all()
+
+
 def test_groups_do_not_see_each_other():
     rewards, offsets = flat([[0, 1, 1], [1e6, -1e6], [0.5, 0.25]])
     for mode in ("grpo", "dr_grpo", "rloo"):
@@ -111,6 +123,8 @@ def test_broadcast_to_tokens():
         ({"group_offsets": torch.tensor([0.0, 4.0])}, "group_offsets must be int32 or int64"),
         ({"cu_seqlens": torch.tensor([0, 1, 2])}, "cu_seqlens must have S.1 = 5 entries"),
         ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4]), "total_tokens": 9}, "cu_seqlens must rise from 0 to 9"),
+        ({"cu_seqlens": torch.tensor(4)}, r"cu_seqlens must be int32 or int64 .* got torch.int64 \[\]"),
+        ({"eps": NAN}, "eps must be at least 0, got nan"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

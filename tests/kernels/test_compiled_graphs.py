@@ -78,3 +78,39 @@ def test_one_graph_and_the_same_bits(f, dynamic):
         results.append((value.detach(), *torch.autograd.grad(value, (x, w))))
     for outside, inside in zip(*results):
         assert torch.equal(outside, inside)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("linear_logprob_fwd", "linear_logprob_bwd", "token_logprob_fwd", "token_logprob_bwd"),
+        *("policy_loss_fwd", "group_advantages"),
+    ],
+)
+def test_no_other_device_s_addresses_reach_the_c_code(name):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert [has(f"m2rl::{name}", key) for key in ("CPU", "CUDA", "Meta", "MPS", "XPU")] == [True] * 3 + [False] * 2
+
+
+def test_shapes_without_data():
+    on_meta = [t.to("meta") for t in (C, BEHAVIOUR, ADVANTAGE, C)]
+    loss, stats = policy_loss(*on_meta, kind="gspo", cu_seqlens=CU_SEQLENS.to("meta"))
+    got = group_advantages(on_meta[0], CU_SEQLENS.to("meta"))
+    assert loss.shape == () and stats.shape[0] == 1 and got.adv.shape == (24,) and got.mean.shape == (2,)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 2100, 5000])
+@pytest.mark.parametrize("f", [linear_logprob, token_logprob], ids=lambda f: f.__name__)
+def test_a_target_outside_the_vocabulary_is_never_a_number(f, target):
+    """A compiled call cannot look at its targets first, and an index of -100 means a row to torch."""
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for V in (220, 2100, 5000):
+        targets = torch.tensor([0, max(target, V) if target > 0 else target, 7])
+        inputs = (randn(3, 8), randn(V, 8)) if f is linear_logprob else (randn(3, V),)
+        try:
+            logp = compiled(*inputs, targets)
+        except (IndexError, RuntimeError) as error:
+            assert "out of" in str(error)
+        else:
+            assert logp.isnan().tolist() == [False, True, False]

@@ -186,6 +186,8 @@ else:
         g = torch.Generator().manual_seed(0)
         wide = torch.randn(N, V + 3, generator=g) * scale
         logits, targets = wide[:, :V], torch.randint(V, (N,), generator=g)  # rows with a stride
+        wide[0, : V // 2] = -torch.inf  # tokens that cannot be drawn
+        targets[0] = V - 1
         c, h = torch.randn(N, generator=g), torch.randn(N, generator=g)
         exact_logits = logits.double().requires_grad_()
         logp, entropy = token_logprob_ref(exact_logits, targets, temperature, True)

@@ -146,6 +146,19 @@ def test_shifted_fields_of_every_integer_width():
         assert pack(b, shift=["x"], x=x)["x"].tolist() == [1, 2, -100, 4, -100]
 
 
+def test_a_field_of_one_row_or_of_no_width_moves_no_byte_too_many():
+    """The stride of one row may be anything, and that of rows of no width is not 0."""
+    b = plan_packing([1], 8).bin(0, 0)
+    one = torch.randn(1000, 3)[::500][:1]
+    assert one.is_contiguous() and one.stride(0) == 1500
+    guarded = torch.full((1000, 3), 7.0)
+    assert torch.equal(pack(b, x=one)["x"], one)
+    unpack(b, {"x": guarded[:1]}, x=one)
+    assert torch.equal(guarded[:1], one) and guarded[1:].eq(7).all()
+    packed = pack(b, none=torch.zeros(1, 0), ids=torch.tensor([3]))
+    assert packed["none"].shape == (1, 0) and packed["ids"].tolist() == [3]
+
+
 def test_more_fields_than_a_launch_holds():
     b = plan_packing([3, 2], 8).bin(0, 0)
     fields = {f"f{i}": torch.full((5,), float(i)) for i in range(35)}
@@ -160,8 +173,15 @@ def test_wrong_fields_are_named():
         pack(b, x=torch.zeros(3, 5).T)
     with pytest.raises(ValueError, match="shift must name fields, got 'y'"):
         pack(b, shift=["y"], x=torch.zeros(5))
-    with pytest.raises(ValueError, match="x must be integers"):
-        pack(b, shift=["x"], x=torch.zeros(5))
+    for dtype in (torch.float32, torch.bool, torch.uint8, torch.complex128):
+        with pytest.raises(ValueError, match=f"x must be signed integers .* got {dtype}"):
+            pack(b, shift=["x"], x=torch.zeros(5, dtype=dtype))
+    with pytest.raises(ValueError, match=r"ignore_index must fit x, torch.int8: in \[-128, 127\], got -200"):
+        pack(b, shift=["x"], ignore_index=-200, x=torch.zeros(5, dtype=torch.int8))
+    with pytest.raises(ValueError, match="fields must be on the CPU or a CUDA device, got meta"):
+        pack(b, x=torch.zeros(5, device="meta"))
+    with pytest.raises(ValueError, match="x must not require a gradient"):
+        pack(b, x=torch.zeros(5, requires_grad=True))
     with pytest.raises(ValueError, match="out must hold a tensor for 'x'"):
         unpack(b, {}, x=torch.zeros(5))
     with pytest.raises(ValueError, match=r"x must be torch.float32 \[5\], got torch.float64"):

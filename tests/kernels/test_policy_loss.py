@@ -154,18 +154,18 @@ def test_the_gradient_does_not_depend_on_packing():
         assert (whole[0] - sum(p[0] for p in parts)).abs() < 1e-5
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_of_weight_zero_adds_exactly_nothing(kind):
+def test_a_token_of_weight_zero_adds_exactly_nothing(kind, bad):
     x = make()
-    clean = run(x, kind=kind, on_policy=True, kl_coef=0.1, entropy_coef=0.1, cu_seqlens=CU, tis_cap=None)
-    for name in ("advantage", "ref", "entropy"):
-        x[name][::7] = float("nan")
-    dirty = run(x, kind=kind, on_policy=True, kl_coef=0.1, entropy_coef=0.1, cu_seqlens=CU, tis_cap=None)
-    assert (
-        torch.equal(clean[0], dirty[0])
-        and torch.equal(clean[2], dirty[2])
-        and (dirty[2][::7] == 0).sum() >= (10 if kind != "gspo" else 0)
-    )
+    options = {"kind": kind, "kl_coef": 0.1, "entropy_coef": 0.1, "cu_seqlens": CU}
+    clean = run(x, **options)
+    for name in ("advantage", "ref", "entropy", "behaviour", *(("logp", "old") if kind != "gspo" else ())):
+        x[name][::7] = bad
+    dirty = run(x, **options)
+    for i in (0, 2, 3):
+        assert torch.equal(clean[i], dirty[i])
+    assert (dirty[2][::7] == 0).all() or kind == "gspo"  # whose ratio is every token's
 
 
 def test_strictly_on_policy_is_reinforce_in_its_gradient():
@@ -222,6 +222,9 @@ def test_empty_and_single_token():
     empty = torch.zeros(0)
     loss, stats = policy_loss(empty, None, empty, empty, n_segments=3, segment=torch.zeros(0, dtype=torch.int64))
     assert float(loss) == 0 and stats.shape == (3, len(STATS)) and not stats.any()
+    logp, entropy = torch.zeros(0, requires_grad=True), torch.zeros(0, requires_grad=True)
+    loss, _ = policy_loss(logp, None, empty, empty, entropy=entropy, entropy_coef=0.1)
+    assert [g.shape for g in torch.autograd.grad(loss, (logp, entropy))] == [(0,), (0,)]
     one = torch.tensor([-0.5], requires_grad=True)
     loss, _ = policy_loss(one, None, torch.tensor([2.0]), torch.tensor([0.5]))
     loss.backward()
@@ -243,6 +246,11 @@ def test_repeated_runs_are_bitwise_equal():
         ({"dual_clip": 0.5}, "dual_clip must be None or above 1, got 0.5"),
         ({"tis_cap": 0.0}, "tis_cap must be None or above 0"),
         ({"kl_coef": 0.1}, "kl_coef must be 0 without ref_logp"),
+        ({"kl_coef": float("nan"), "ref_logp": torch.zeros(8)}, "kl_coef must be finite, got nan"),
+        ({"entropy_coef": float("inf"), "entropy": torch.zeros(8)}, "entropy_coef must be finite, got inf"),
+        ({"eps_low": float("nan")}, r"eps_low must be in \[0, 1\], got nan"),
+        ({"eps_high": -0.1}, "eps_high must be at least 0, got -0.1"),
+        ({"weight_N": None}, r"weight must be a tensor of shape \[N\], got None"),
         ({"entropy_coef": 0.1}, "entropy_coef must be 0 without entropy"),
         ({"kind": "gspo"}, "cu_seqlens must be given"),
         (
@@ -257,7 +265,17 @@ def test_repeated_runs_are_bitwise_equal():
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        policy_loss(torch.zeros(8), torch.zeros(8), torch.zeros(8), torch.zeros(8), **change)
+        policy_loss(
+            **{name: torch.zeros(8) for name in ("logp_N", "behaviour_logp_N", "advantage_N", "weight_N")} | change
+        )
+
+
+def test_a_second_derivative_is_an_error_and_not_half_of_it():
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, _ = policy_loss(logp, None, torch.ones(2), torch.ones(2))
+    (grad,) = torch.autograd.grad(loss**2, logp, create_graph=True)
+    with pytest.raises(RuntimeError, match="marked with @once_differentiable"):
+        grad.sum().backward()
 
 
 def test_registered_operation_passes_opcheck():

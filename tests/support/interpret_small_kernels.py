@@ -89,10 +89,12 @@ def group_advantages():
     g = torch.Generator().manual_seed(0)
     r = torch.randn(300, generator=g)
     r[::7], r[10:20] = float("nan"), 1.0
+    infinite = r.clone()
+    infinite[5], infinite[20], infinite[21] = torch.inf, -torch.inf, torch.inf
     offsets = torch.tensor([0, 10, 20, 20, 22, 200, 300])
     cu = torch.cat([torch.zeros(1, dtype=torch.long), torch.randint(0, 700, (300,), generator=g).cumsum(0)])
     for mode in advantages.MODES:
-        for rewards, tokens in ((r, cu), (r.double(), None)):
+        for rewards, tokens in ((r, cu), (r.double(), None), (infinite, cu)):
             want = advantages.group_advantages(rewards, offsets, mode, cu_seqlens=tokens)
             got = group_advantages_triton(rewards, offsets, mode, 1e-6, tokens, int(cu[-1]))
             for name, w, x in zip(want._fields, want, got):
