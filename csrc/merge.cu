@@ -125,10 +125,6 @@ __device__ __noinline__ float rounded_to(float x, int round) { return round == M
 
 __device__ __forceinline__ float rounded(float x, int round) { return round == M2RL_F32 ? x : rounded_to(x, round); }
 
-__device__ __noinline__ uint32_t load_word(const char* at, int dtype, int j) {
-  return dtype == M2RL_F32 ? reinterpret_cast<const uint32_t*>(at)[j] : reinterpret_cast<const uint16_t*>(at)[j];
-}
-
 __device__ __noinline__ void store_word(char* at, int dtype, int j, uint32_t word) {
   if (dtype == M2RL_F32) reinterpret_cast<uint32_t*>(at)[j] = word;
   else reinterpret_cast<uint16_t*>(at)[j] = static_cast<uint16_t>(word);
@@ -138,38 +134,52 @@ __device__ __noinline__ bool keep_alone(uint64_t index, uint32_t expert, uint64_
   return keep_element(index, expert, key, threshold);
 }
 
-// Elements [i, i + n) as float32; zeros beyond n. Returns how many are NaN or infinite.
-__device__ __forceinline__ int load8(const void* from, int dtype, int64_t i, int n, float* out) {
-  const char* at = static_cast<const char*>(from) + i * (dtype == M2RL_F32 ? 4 : 2);
-  uint32_t words[kVector];
-  if (n < kVector || (reinterpret_cast<uintptr_t>(at) & 15) != 0) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) words[j] = j < n ? load_word(at, dtype, j) : 0;
-  } else if (dtype == M2RL_F32) {
-    const uint4 a = __ldg(reinterpret_cast<const uint4*>(at)), b = __ldg(reinterpret_cast<const uint4*>(at) + 1);
-    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
-  } else {
-    const uint4 a = __ldg(reinterpret_cast<const uint4*>(at));
-    const uint32_t pairs[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) words[j] = (pairs[j / 2] >> (16 * (j & 1))) & 0xffffu;
+// Elements [i, i + n) as stored, zeros beyond n: a word each, or two to a word. Apart from their conversion, so that several loads can
+// be on their way at a time.
+struct Raw {
+  uint32_t word[kVector];
+};
+
+__device__ __noinline__ Raw fetch_some(const char* at, int dtype, int n) {
+  Raw raw = {};
+  for (int j = 0; j < n; ++j) {
+    if (dtype == M2RL_F32) raw.word[j] = reinterpret_cast<const uint32_t*>(at)[j];
+    else raw.word[j / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(at)[j]) << (16 * (j & 1));
   }
+  return raw;
+}
+
+__device__ __forceinline__ Raw fetch8(const void* from, int dtype, int64_t i, int n) {
+  const char* at = static_cast<const char*>(from) + i * (dtype == M2RL_F32 ? 4 : 2);
+  if (n < kVector || (reinterpret_cast<uintptr_t>(at) & 15) != 0) return fetch_some(at, dtype, n);
+  Raw raw = {};
+  const uint4 a = __ldg(reinterpret_cast<const uint4*>(at));
+  raw.word[0] = a.x, raw.word[1] = a.y, raw.word[2] = a.z, raw.word[3] = a.w;
+  if (dtype == M2RL_F32) {
+    const uint4 b = __ldg(reinterpret_cast<const uint4*>(at) + 1);
+    raw.word[4] = b.x, raw.word[5] = b.y, raw.word[6] = b.z, raw.word[7] = b.w;
+  }
+  return raw;
+}
+
+// As float32. Returns how many are NaN or infinite.
+__device__ __forceinline__ int convert8(const Raw& raw, int dtype, float* out) {
   int bad = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    const uint16_t half = static_cast<uint16_t>(words[j]);
-    out[j] = dtype == M2RL_F32 ? bits_float(words[j]) : dtype == M2RL_BF16 ? from_bf16(half) : from_f16(half);
+    const uint16_t half = static_cast<uint16_t>(raw.word[j / 2] >> (16 * (j & 1)));
+    out[j] = dtype == M2RL_F32 ? bits_float(raw.word[j]) : dtype == M2RL_BF16 ? from_bf16(half) : from_f16(half);
     bad += magnitude_key(out[j]) >= 0x7f800000u;
   }
   return bad;
 }
 
 // Keep decisions of 8 neighbours as bits. Sixteen threads cover the 128 elements of a span: each makes one Philox block and hands its
-// lanes round through `lanes` [kThreads * 8]. All threads of the warp must call it.
+// lanes round through `lanes` [kThreads * 8]. All threads of the warp must call it; or, where each has a tensor of its own, with null.
 __device__ __forceinline__ uint32_t random_bits(uint64_t index, uint32_t expert, uint64_t key, uint64_t threshold, uint16_t* lanes) {
   uint32_t bits = 0;
   const uint32_t bar = static_cast<uint32_t>(threshold >> 16);
-  const bool aligned = __all_sync(0xffffffffu, (index & 7) == 0 && (index >> 3 & 15) == (threadIdx.x & 15));
+  const bool aligned = lanes != nullptr && __all_sync(0xffffffffu, (index & 7) == 0 && (index >> 3 & 15) == (threadIdx.x & 15));
   if (!aligned) {  // a shard that starts inside a span: every element on its own
     for (int j = 0; j < kVector; ++j) bits |= static_cast<uint32_t>(keep_alone(index + j, expert, key, threshold)) << j;
     return bits;
@@ -209,10 +219,10 @@ __device__ __forceinline__ void variance8(int experts, const float (&d)[K][kVect
 }
 
 // d = expert k's filtered task vector at 8 elements, b loaded already. `before` and `after` get sums of |d| around the filters.
-__device__ __forceinline__ void delta8(const View& in, const RuleView& r, int filter, int64_t t, int k, int64_t i, int n, bool has_base,
-                                       const float* b, float* d, uint16_t* lanes, int& bad, int& nonzero, double* before, double* after) {
+__device__ __forceinline__ void delta8(const View& in, const RuleView& r, int filter, int64_t t, int k, int64_t i, const Raw& raw,
+                                       bool has_base, const float* b, float* d, uint16_t* lanes, int& bad, int& nonzero, double* before, double* after) {
   const int64_t e = t * in.experts + k;
-  bad += load8(in.expert[e], in.expert_dtype[e], i, n, d);
+  bad += convert8(raw, in.expert_dtype[e], d);
   if (has_base) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -256,7 +266,7 @@ __device__ __forceinline__ bool base8(const View& in, int64_t t, int64_t i, int 
   const bool has_base = in.base != nullptr && in.base[t] != nullptr;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) b[j] = 0.0f;
-  if (has_base) bad += load8(in.base[t], in.base_dtype[t], i, n, b);
+  if (has_base) bad += convert8(fetch8(in.base[t], in.base_dtype[t], i, n), in.base_dtype[t], b);
   return has_base;
 }
 
@@ -268,7 +278,8 @@ __device__ __forceinline__ void prepare(const View& in, const RuleView& r, int f
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (k < in.experts) {
-      delta8(in, r, filter, t, k, i, n, has_base, b, d[k], lanes, count.bad[k], count.nonzero[k], before == nullptr ? nullptr : before + k,
+      const int64_t e = t * in.experts + k;
+      delta8(in, r, filter, t, k, i, fetch8(in.expert[e], in.expert_dtype[e], i, n), has_base, b, d[k], lanes, count.bad[k], count.nonzero[k], before == nullptr ? nullptr : before + k,
              after == nullptr ? nullptr : after + k);
     } else {
 #pragma unroll
@@ -476,16 +487,16 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(View in, RuleView r, int
 
 constexpr int kBins = 2048, kDigit = 11, kDigits = 3;  // 3 digits of 11 bits hold the 31 bits of a key
 constexpr int kMaxRanks = 2, kStage = 2 * kThreads * kVector;
-constexpr int kCluster = 32, kMostDraws = 32768;                  // elements per draw of the sample, and draws at most
+constexpr int kCluster = 32, kMostDraws = 65536;                  // elements per draw of the sample, and draws at most
 constexpr int64_t kWhole = 4096;                                  // up to here every key is stored and no sample is needed
 constexpr int64_t kMostStored = int64_t{1} << 24;                 // keys of one search
-constexpr int64_t kSlab = int64_t{1} << 26, kMostSearches = 512;  // stored keys (512 MiB) and searches of one slab
+constexpr int64_t kSlab = int64_t{1} << 26, kMostSearches = 4096;  // stored keys (512 MiB, unless one group needs more) and searches of one slab
 constexpr int kRunsPerProcessor = 4;                              // blocks of the reading, per list
 constexpr int kBracketThreads = 1024;                             // one block reads a whole sample, some ten times
 constexpr uint32_t kNone = 0xffffffffu;                           // no key
 
 // Stored keys of one search: several times what the bracket should hold.
-int64_t room_for(int64_t total) { return total <= kWhole ? total : std::min(kMostStored, total / 16 + 2 * kWhole); }
+int64_t room_for(int64_t total) { return total <= kWhole ? total : std::min(kMostStored, total / 32 + 8 * kWhole); }
 
 enum Where : int { kTop, kInside, kBottom, kSearched, kPlaces };  // whose ties are counted per chunk
 
@@ -519,8 +530,10 @@ __device__ __forceinline__ void keys8(const View& in, const RuleView& r, int fil
     for (int j = 0; j < kVector; ++j) key[j] = magnitude_key(v[j]);
   } else {
     float d[kVector];
+    const int64_t e = t * in.experts + list;
+    const Raw raw = fetch8(in.expert[e], in.expert_dtype[e], i, n);  // on its way while the base is read
     const bool has_base = base8(in, t, i, n, b, count.bad_base);
-    delta8(in, r, filter, t, list, i, n, has_base, b, d, lanes, count.bad[0], count.nonzero[0], nullptr, nullptr);
+    delta8(in, r, filter, t, list, i, raw, has_base, b, d, lanes, count.bad[0], count.nonzero[0], nullptr, nullptr);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) key[j] = magnitude_key(d[j]);
   }
@@ -568,7 +581,6 @@ __device__ void find_bin(const Count* bins, U64 rank, Bin& found) {
 template <bool kVariance>
 __global__ void __launch_bounds__(kThreads) sample_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int64_t* chunk_base,
                                                           const Search* searches, int lists, int ranks, uint32_t* sample) {
-  __shared__ uint16_t lanes[kThreads * kVector];
   const int list = static_cast<int>(blockIdx.y) % lists;
   const Search& s = searches[static_cast<int64_t>(blockIdx.y) * ranks];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kVector / kCluster);
@@ -588,17 +600,17 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(View in, RuleView r, i
   const int n = within(chunk.end, i);
   Counters count;
   uint32_t key[kVector];
-  keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, lanes, count, key);
+  keys8<kVariance>(in, r, filter, chunk.tensor, list, i, n, nullptr, count, key);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) sample[s.sample + draw * kCluster + offset + j] = j < n ? key[j] : kNone;
 }
 
-// Bracket one search's rank by 4 standard deviations of the sample. How alike neighbours are is measured, by the spread of the clusters'
-// counts. A bracket that misses costs time, never the answer.
+// Bracket one search's rank by 4 standard deviations of the sample: of a cluster's count within its stratum, measured by the differences
+// of neighbouring strata. A bracket that misses costs time, never the answer.
 __global__ void __launch_bounds__(kBracketThreads) bracket_kernel(Search* searches, const uint32_t* sample) {
   __shared__ uint32_t histogram[kBins];
   __shared__ Bin found;
-  __shared__ U64 sums[4];
+  __shared__ U64 sums[3];
   __shared__ double spread[2][kBracketThreads];
   Search& s = searches[blockIdx.x];
   if (s.rank <= 0 || s.draws == 0) return;
@@ -633,16 +645,18 @@ __global__ void __launch_bounds__(kBracketThreads) bracket_kernel(Search* search
   const int64_t m = count([](uint32_t) { return true; }, 0);
   const double centre = static_cast<double>(m) * static_cast<double>(s.rank) / static_cast<double>(s.total);
   const uint32_t middle = pick(min(m - 1, static_cast<int64_t>(centre)));
-  const int64_t over = count([&](uint32_t key) { return key > middle; }, 0), upto = count([&](uint32_t key) { return key >= middle; }, 1);
-  const double p = static_cast<double>(over) / static_cast<double>(m), q = static_cast<double>(upto) / static_cast<double>(m);
-  double above = 0.0, reached = 0.0;
-  for (int64_t c = threadIdx.x; c < s.draws; c += kBracketThreads) {
-    int o = 0, u = 0, n = 0;
+  auto counts = [&](int64_t cluster) {
+    int2 c = {0, 0};  // above the middle; reaching it
     for (int j = 0; j < kCluster; ++j) {
-      const uint32_t key = keys[c * kCluster + j];
-      if (key != kNone) o += key > middle, u += key >= middle, ++n;
+      const uint32_t key = keys[cluster * kCluster + j];
+      c.x += key != kNone && key > middle, c.y += key != kNone && key >= middle;
     }
-    above += (o - p * n) * (o - p * n), reached += (u - q * n) * (u - q * n);
+    return c;
+  };
+  double above = 0.0, reached = 0.0;
+  for (int64_t c = threadIdx.x; c + 1 < s.draws; c += kBracketThreads) {
+    const int2 here = counts(c), next = counts(c + 1);
+    above += 0.5 * (here.x - next.x) * (here.x - next.x), reached += 0.5 * (here.y - next.y) * (here.y - next.y);
   }
   spread[0][threadIdx.x] = above, spread[1][threadIdx.x] = reached;
   __syncthreads();
@@ -655,9 +669,9 @@ __global__ void __launch_bounds__(kBracketThreads) bracket_kernel(Search* search
   const int64_t from = static_cast<int64_t>(floor(centre - slack)), to = static_cast<int64_t>(ceil(centre + slack));
   uint32_t hi = from < 0 ? 0x7fffffffu : pick(from), lo = to >= m ? 0 : pick(to), top = kNone, bottom = kNone;
   if (lo != hi) {  // else one heavy value, which is counted anyway
-    const int64_t heavy = max(static_cast<int64_t>(8), m / 256);
-    if (count([&](uint32_t key) { return key == hi; }, 2) > heavy) top = hi--;
-    if (count([&](uint32_t key) { return key == lo; }, 3) > heavy) bottom = lo++;
+    const double heavy = max(8.0, static_cast<double>(m) * min(1.0 / 256, static_cast<double>(s.room) / static_cast<double>(s.total) / 8));
+    if (static_cast<double>(count([&](uint32_t key) { return key == hi; }, 1)) > heavy) top = hi--;
+    if (static_cast<double>(count([&](uint32_t key) { return key == lo; }, 2)) > heavy) bottom = lo++;
   }
   if (threadIdx.x == 0) s.lo = lo, s.hi = hi, s.top = top, s.bottom = bottom;
 }
@@ -665,7 +679,7 @@ __global__ void __launch_bounds__(kBracketThreads) bracket_kernel(Search* search
 // The reading: count what lies above, inside and at the ends of each bracket, and store what lies inside. Neighbouring blocks are the
 // lists of one run of chunks, so that the base comes out of the second-level cache for all but the first.
 template <bool kVariance, int kRanks>
-__global__ void __launch_bounds__(kThreads) scan_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int32_t* group_of,
+__global__ void __launch_bounds__(kThreads, kVariance ? 1 : 4 / kRanks) scan_kernel(View in, RuleView r, int filter, const Chunk* chunks, const int32_t* group_of,
                                                         int64_t chunk_count, int lists, Search* searches, U64* stored,
                                                         int64_t* ties, ReportView report) {
   extern __shared__ uint32_t stage[];  // [kRanks, kStage]: keys on their way to `stored`
@@ -971,41 +985,19 @@ struct ReportArena {
   size_t sizes_[4]{};
 };
 
-// The searches of consecutive groups: as many as fit the room for stored keys.
+// Run the searches; they come back with their answers.
 template <bool kVariance>
-int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const RuleView& rule, int filter, const M2rlSelect& want,
-                    const std::vector<Chunk>& all, const std::vector<int64_t>& chunk_first, int64_t g0, int64_t g1, const ReportView& report) {
-  const int lists = kVariance ? 1 : static_cast<int>(in.experts), ranks = want.ranks;
-  const int64_t c0 = chunk_first[static_cast<size_t>(g0)], chunk_count = chunk_first[static_cast<size_t>(g1)] - c0;
-  if (chunk_count == 0) return 0;
-  std::vector<int32_t> group_of;
-  std::vector<int64_t> chunk_base;
-  std::vector<Search> searches;
-  int64_t sample_size = 0, stored_size = 0, most_draws = 0;
-  for (int64_t g = g0; g < g1; ++g) {
-    Search s{};
-    s.first_chunk = chunk_first[static_cast<size_t>(g)] - c0, s.last_chunk = chunk_first[static_cast<size_t>(g + 1)] - c0;
-    for (int64_t c = s.first_chunk; c < s.last_chunk; ++c) {
-      const Chunk& chunk = all[static_cast<size_t>(c + c0)];
-      group_of.push_back(static_cast<int32_t>(g - g0));
-      chunk_base.push_back(s.total);
-      s.total += chunk.end - chunk.begin;
-    }
-    s.draws = s.total <= kWhole ? 0 : std::min<int64_t>(kMostDraws, std::max<int64_t>(128, s.total / 2048));
-    s.hi = 0x7fffffffu, s.top = s.bottom = kNone, s.place = kSearched, s.cut = s.total - 1;
-    most_draws = std::max(most_draws, s.draws);
-    for (int list = 0; list < lists; ++list, sample_size += s.draws * kCluster)
-      for (int q = 0; q < ranks; ++q) {
-        const int64_t rank = want.rank[(g * lists + list) * ranks + q];
-        s.rank = rank >= s.total ? 0 : std::max<int64_t>(rank, 0);  // nothing or everything: answered below
-        s.sample = sample_size, s.store = stored_size, s.room = s.rank == 0 ? 0 : room_for(s.total);
-        stored_size += s.room;
-        searches.push_back(s);
-      }
+int32_t run_searches(Arena& arena, const View& view, const RuleView& rule, int filter, const std::vector<Chunk>& read,
+                     const std::vector<int32_t>& group_of, const std::vector<int64_t>& chunk_base, std::vector<Search>& searches, int lists,
+                     int ranks, const ReportView& report) {
+  int64_t sample_size = 0, stored_size = 0, most_draws = 0, most_room = 0;
+  for (const Search& s : searches) {
+    sample_size = std::max(sample_size, s.sample + s.draws * kCluster), stored_size = std::max(stored_size, s.store + s.room);
+    most_draws = std::max(most_draws, s.draws), most_room = std::max(most_room, s.room);
   }
   const unsigned count = static_cast<unsigned>(searches.size()), thread_blocks = (count + kThreads - 1) / kThreads;
-  const int64_t slots = chunk_count * lists * ranks;
-  const Chunk* chunks = arena.up(all.data() + c0, static_cast<size_t>(chunk_count));
+  const int64_t chunk_count = static_cast<int64_t>(read.size()), slots = chunk_count * lists * ranks;
+  const Chunk* chunks = arena.up(read.data(), read.size());
   const int32_t* groups = arena.up(group_of.data(), group_of.size());
   const int64_t* base = arena.up(chunk_base.data(), chunk_base.size());
   Search* device = const_cast<Search*>(arena.up(searches.data(), searches.size()));
@@ -1028,7 +1020,7 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
   scan<<<runs * static_cast<unsigned>(lists), kThreads, static_cast<size_t>(ranks) * kStage * 4, arena.stream()>>>(
       view, rule, filter, chunks, groups, chunk_count, lists, device, stored, ties, report);
   settle_kernel<<<thread_blocks, kThreads, 0, arena.stream()>>>(device, static_cast<int>(count));
-  const dim3 shared_out(16, count);
+  const dim3 shared_out(static_cast<unsigned>(std::min<int64_t>(128, 1 + most_room / (kThreads * 32))), count);
   for (int shift = kDigit * (kDigits - 1); shift >= 0; shift -= kDigit) {
     stored_digit_kernel<<<shared_out, kThreads, 0, arena.stream()>>>(device, stored, shift, bins);
     digit_kernel<<<count, kThreads, 0, arena.stream()>>>(device, shift, bins, false);
@@ -1036,8 +1028,8 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
   stored_ties_kernel<<<shared_out, kThreads, 0, arena.stream()>>>(device, stored, lists, ranks, ties + kSearched * slots);
   cut_kernel<kVariance><<<count, 32, 0, arena.stream()>>>(view, rule, filter, chunks, base, device, chunk_count, lists, ranks, ties);
   arena.launched();
-  auto found = arena.down(device, searches.size());
-  if (std::any_of(found.begin(), found.end(), [](const Search& s) { return s.missed != 0; })) {
+  searches = arena.down(device, searches.size());
+  if (std::any_of(searches.begin(), searches.end(), [](const Search& s) { return s.missed != 0; })) {
     const unsigned grid = static_cast<unsigned>(chunk_count * lists);
     widen_kernel<<<thread_blocks, kThreads, 0, arena.stream()>>>(device, static_cast<int>(count));
     for (int shift = kDigit * (kDigits - 1); shift >= 0; shift -= kDigit) {
@@ -1049,18 +1041,60 @@ int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const
                                                                           ties + kSearched * slots);
     cut_kernel<kVariance><<<count, 32, 0, arena.stream()>>>(view, rule, filter, chunks, base, device, chunk_count, lists, ranks, ties);
     arena.launched();
-    found = arena.down(device, searches.size());
+    searches = arena.down(device, searches.size());
   }
-  for (size_t i = 0; i < found.size(); ++i) {
+  return arena.status();
+}
+
+// The searches of consecutive groups: as many as fit the room for stored keys.
+template <bool kVariance>
+int32_t select_slab(Arena& arena, const M2rlTensors& in, const View& view, const RuleView& rule, int filter, const M2rlSelect& want,
+                    const std::vector<Chunk>& all, const std::vector<int64_t>& chunk_first, int64_t g0, int64_t g1, const ReportView& report) {
+  const int lists = kVariance ? 1 : static_cast<int>(in.experts), ranks = want.ranks;
+  std::vector<Chunk> read;  // of groups that need it
+  std::vector<int32_t> group_of;
+  std::vector<int64_t> chunk_base;
+  std::vector<Search> searches;
+  int64_t sample_size = 0, stored_size = 0;
+  for (int64_t g = g0; g < g1; ++g) {
+    Search s{};
+    const int64_t first = chunk_first[static_cast<size_t>(g)], last = chunk_first[static_cast<size_t>(g + 1)];
+    for (int64_t c = first; c < last; ++c) s.total += all[static_cast<size_t>(c)].end - all[static_cast<size_t>(c)].begin;
+    const int64_t* rank = want.rank + g * lists * ranks;
+    const bool needed = std::any_of(rank, rank + lists * ranks, [&](int64_t r) { return r > 0 && r < s.total; });
+    s.first_chunk = static_cast<int64_t>(read.size());
+    for (int64_t c = first, base = 0; needed && c < last; ++c) {
+      read.push_back(all[static_cast<size_t>(c)]);
+      group_of.push_back(static_cast<int32_t>(g - g0));
+      chunk_base.push_back(base);
+      base += read.back().end - read.back().begin;
+    }
+    s.last_chunk = static_cast<int64_t>(read.size());
+    s.draws = !needed || s.total <= kWhole ? 0 : std::min<int64_t>(kMostDraws, std::max<int64_t>(128, s.total / 2048));
+    s.hi = 0x7fffffffu, s.top = s.bottom = kNone, s.place = kSearched, s.cut = s.total - 1;
+    for (int list = 0; list < lists; ++list, sample_size += s.draws * kCluster)
+      for (int q = 0; q < ranks; ++q) {
+        const int64_t wanted = rank[list * ranks + q];
+        s.rank = wanted >= s.total ? 0 : std::max<int64_t>(wanted, 0);  // nothing or everything: answered on the host
+        s.sample = sample_size, s.store = stored_size, s.room = s.rank == 0 ? 0 : room_for(s.total);
+        stored_size += s.room;
+        searches.push_back(s);
+      }
+  }
+  if (!read.empty()) {
+    const int32_t status = run_searches<kVariance>(arena, view, rule, filter, read, group_of, chunk_base, searches, lists, ranks, report);
+    if (status != 0) return status;
+  }
+  for (size_t i = 0; i < searches.size(); ++i) {
     const size_t slot = static_cast<size_t>(g0 * lists * ranks) + i;
-    const Search& s = found[i];
+    const Search& s = searches[i];
     const bool none = want.rank[slot] <= 0, everything = !none && s.rank == 0;
     want.threshold[slot] = none ? 0xffffffffu : everything ? 0 : s.threshold;
     want.cut[slot] = none ? -1 : s.cut;
     if (want.above != nullptr) want.above[slot] = everything ? -1 : s.above;
     if (want.equal != nullptr) want.equal[slot] = everything ? -1 : s.equal;
   }
-  return arena.status();
+  return 0;
 }
 
 }  // namespace
@@ -1096,8 +1130,6 @@ int32_t m2rl_merge_select_cuda(const M2rlTensors* in, const M2rlRule* rule, cons
     while (c < chunks.size() && chunks[c].tensor < want->start[g]) ++c;
     chunk_first.push_back(static_cast<int64_t>(c));
   }
-  for (int64_t slot = 0; slot < want->groups * lists * want->ranks; ++slot)  // groups without elements keep this
-    want->threshold[slot] = want->rank[slot] > 0 ? 0 : 0xffffffffu, want->cut[slot] = -1;
   const int filter = rule->filter & (M2RL_RANDOM | M2RL_SCALE);
   const auto run = want->key == 0 ? select_slab<false> : select_slab<true>;
   auto room = [&](int64_t g) {  // for the stored keys of a group

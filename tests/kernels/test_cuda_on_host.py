@@ -110,7 +110,7 @@ def hidden_from_the_sample(n):
         lambda n, g: torch.arange(n) % 4.0,  # ranks near the border of two heavy values
         lambda n, g: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.3),  # zero is heavy
         lambda n, g: torch.full((n,), 2.5),
-        lambda n, g: torch.randn(n // 32, generator=g).repeat_interleave(32),  # neighbours alike: too many to store
+        lambda n, g: torch.randn(n // 32, generator=g).repeat_interleave(32),  # neighbours alike: a wide bracket
         lambda n, g: hidden_from_the_sample(n),  # the bracket misses
     ],
     ids=["smooth", "steps", "small steps", "borders", "zeros", "one value", "alike", "hidden"],
@@ -125,6 +125,15 @@ def test_selection_is_exact_whatever_the_values(cuda, values, density):
         with cuda():
             got = topk_masks(zero, lists, density, scope=scope, chunk=16384)
         assert all(torch.equal(a, b) for x, y in zip(got, want) for a, b in zip(x, y)), scope
+
+
+def test_selection_is_exact_where_more_lies_in_the_bracket_than_can_be_stored(cuda):
+    x = torch.randn(1 << 13, generator=torch.Generator().manual_seed(0)).repeat_interleave(32)
+    zero = torch.zeros_like(x)
+    want = topk_masks([zero], [[x]], 0.2)
+    with cuda():
+        got = topk_masks([zero], [[x]], 0.2)
+    assert torch.equal(got[0][0], want[0][0])
 
 
 def test_a_merge_of_unaligned_shards(cuda):
