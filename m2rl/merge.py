@@ -111,24 +111,11 @@ class Progress:
     @contextlib.contextmanager
     def following(self, total_bytes: int, share: Callable[[], float], label: str) -> Iterator[None]:
         """Draw a call that reads `total_bytes` in one go: `share` tells how much of it is done."""
-        done, drawn = threading.Event(), 0
-
-        def draw() -> None:
-            nonlocal drawn
-            while not done.wait(0.2):
-                now = int(total_bytes * min(1.0, share()))
-                self.add(now - drawn, label)
-                drawn = now
-
-        worker = threading.Thread(target=draw, daemon=True)
+        before = self.done
         self.add(0, label)
-        worker.start()
-        try:
+        with repeatedly(lambda: self.add(before + int(total_bytes * min(1.0, share())) - self.done, label), 0.2):
             yield
-        finally:
-            done.set()
-            worker.join()
-        self.add(total_bytes - drawn, label)
+        self.add(before + total_bytes - self.done, label)
 
     def close(self) -> None:
         """End the line: what follows, an error perhaps, starts on its own."""
@@ -138,26 +125,40 @@ class Progress:
 
 
 @contextlib.contextmanager
-def small_footprint(inputs: Inputs, limit_bytes: int = 1 << 30, interval_s: float = 0.02) -> Iterator[None]:
-    """Unmap what was read whenever about `limit_bytes` of it are resident, whatever the models' size.
+def repeatedly(work: Callable[[], object], interval_s: float) -> Iterator[None]:
+    """Call `work` in a thread, every so often until the block ends. An error ends the calls and is raised then."""
+    done, failed = threading.Event(), []
 
-    The pages stay in the page cache; unmapping them more often costs more than reading them.
-    """
-    done = threading.Event()
+    def run() -> None:
+        try:
+            while not done.wait(interval_s):
+                work()
+        except Exception as error:
+            failed.append(error)
 
-    def unmap() -> None:
-        while not done.wait(interval_s):
-            if resident_file_bytes() > limit_bytes:
-                for checkpoint in inputs.all:
-                    checkpoint.release_all()
-
-    worker = threading.Thread(target=unmap, daemon=True)
+    worker = threading.Thread(target=run, daemon=True)
     worker.start()
     try:
         yield
     finally:
         done.set()
         worker.join()
+    if failed:
+        raise failed[0]
+
+
+def small_footprint(inputs: Inputs, limit_bytes: int = 1 << 30) -> contextlib.AbstractContextManager[None]:
+    """Unmap what was read whenever about `limit_bytes` of it are resident, whatever the models' size.
+
+    The pages stay in the page cache; unmapping them more often costs more than reading them.
+    """
+
+    def unmap() -> None:
+        if resident_file_bytes() > limit_bytes:
+            for checkpoint in inputs.all:
+                checkpoint.release_all()
+
+    return repeatedly(unmap, 0.02)
 
 
 def resident_file_bytes() -> float:
@@ -168,33 +169,17 @@ def resident_file_bytes() -> float:
         return math.inf
 
 
-@contextlib.contextmanager
-def early_writeback(outputs: Sequence[Output], sync: bool, interval_s: float = 0.02) -> Iterator[None]:
+def early_writeback(outputs: Sequence[Output], sync: bool) -> contextlib.AbstractContextManager[None]:
     """Send finished bytes to the disk while the rest is computed: the fsync that makes them safe finds few left.
 
     OSError, when the block ends, where the disk refused them: the kernel may report that only once.
     """
-    done, refused = threading.Event(), []
 
-    def work() -> None:
-        try:
-            while not done.wait(interval_s):
-                for output in outputs:
-                    output.writer.write_back()
-        except OSError as error:
-            refused.append(error)
+    def write_back() -> None:
+        for output in outputs:
+            output.writer.write_back()
 
-    worker = threading.Thread(target=work, daemon=True)
-    if sync:
-        worker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if sync:
-            worker.join()
-    if refused:
-        raise refused[0]
+    return repeatedly(write_back, 0.02) if sync else contextlib.nullcontext()
 
 
 def stream(
