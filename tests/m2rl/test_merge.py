@@ -711,6 +711,19 @@ def test_the_reading_of_a_whole_model_moves_the_bar(models, capsys):
     assert any(" 25 %" in line for line in shown) and bar.done == 100
 
 
+def test_an_error_beside_the_work_ends_it_there_and_is_raised_after_it():
+    calls = []
+
+    def full_disk():
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(OSError, match="no space"), tool.repeatedly(full_disk, 0.001):
+        time.sleep(0.1)
+        calls.append("the work went on")
+    assert calls == [1, "the work went on"]
+
+
 def test_a_seed_beside_a_recipe_file_draws_other_masks(models, tmp_path):
     base, experts, *_ = models
     (tmp_path / "dare.yaml").write_text(
